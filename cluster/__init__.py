@@ -1,0 +1,1 @@
+"""The only code that imports Ray: it answers the core's questions and launches it."""

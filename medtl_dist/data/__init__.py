@@ -1,0 +1,1 @@
+"""images → manifest → shards and index → batches."""

@@ -1,0 +1,1 @@
+"""predictions → results: pure functions over pooled numpy arrays."""

@@ -1,0 +1,1 @@
+"""batches → model: backbones, freezing, weights."""

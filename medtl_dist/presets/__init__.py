@@ -1,0 +1,1 @@
+"""Named whole configs (YAML)."""

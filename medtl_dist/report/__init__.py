@@ -1,0 +1,1 @@
+"""run folder → one self-contained HTML file."""

@@ -1,0 +1,1 @@
+"""model → fit: optimiser, precision, loop, evaluation, checkpoints."""
