@@ -34,41 +34,53 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    shards: str | None = Field(None, description="Folder of the shard set (`medtl data pack` makes one).")
-    image_size_px: PositiveInt | None = Field(None, description="Side of the network's square input; null: the backbone's own.")
-    global_batch_size: PositiveInt = Field(32, description="Images per optimiser step over all workers; per-rank sizes are derived.")
-    eval_batch_size: PositiveInt = Field(32, description="Images per evaluation batch, one fixed shape on every rank.")
-    lanes: PositiveInt = Field(64, description="Upper limit of parallel read positions per epoch, hence of the world size.")
-    run_length: PositiveInt = Field(128, description="Images per contiguous read of a shard.")
+    shards: str | None = Field(default=None, description="Folder of the shard set (`medtl data pack` makes one).")
+    image_size_px: PositiveInt | None = Field(
+        default=None, description="Side of the network's square input; null: the backbone's own."
+    )
+    global_batch_size: PositiveInt = Field(
+        default=32, description="Images per optimiser step over all workers; per-rank sizes are derived."
+    )
+    eval_batch_size: PositiveInt = Field(default=32, description="Images per evaluation batch, one fixed shape on every rank.")
+    lanes: PositiveInt = Field(
+        default=64, description="Upper limit of parallel read positions per epoch, hence of the world size."
+    )
     loader_workers: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Decoding processes per rank; 0 decodes in the rank itself; null: from the rank's CPUs."
+        default=None, description="Decoding processes per rank; 0 decodes in the rank itself; null: from the rank's CPUs."
     )
     normalisation: Literal["weights", "half"] = Field(
-        "weights", description="weights: what the pretrained network saw; half: mean 0.5, std 0.5 per channel."
+        default="weights", description="weights: what the pretrained network saw; half: mean 0.5, std 0.5 per channel."
     )
     eval_view: Literal["letterbox", "center_crop", "squash"] = Field(
-        "letterbox", description="How an image that is not square becomes one; training crops lie in the same frame."
+        default="letterbox", description="How an image that is not square becomes one; training crops lie in the same frame."
     )
-    verify_checksums: bool = Field(True, description="Check each image's SHA-256 against the index when it is read.")
+    verify_checksums: bool = Field(default=True, description="Check each image's SHA-256 against the index when it is read.")
 
 
 class Augment(_Section):
     """Training views. The defaults suit radiographs: no mirror (laterality), at least 0.8 of the area."""
 
-    crop_area_min: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Smallest area of the random crop; 1: none.")
-    horizontal_flip: bool = Field(False, description="Mirror half of the images. Wrong for radiographs.")
-    rotation_deg: Annotated[float, Field(ge=0, le=180)] = Field(5.0, description="Largest random rotation, degrees.")
-    brightness: Fraction = Field(0.1, description="Largest random shift, as a share of the grey range.")
-    contrast: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Largest random change of contrast, as a share.")
+    crop_area_min: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="Smallest area of the random crop; 1: none."
+    )
+    horizontal_flip: bool = Field(default=False, description="Mirror half of the images. Wrong for radiographs.")
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = Field(default=5.0, description="Largest random rotation, degrees.")
+    brightness: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Largest random change of brightness, as a share of it."
+    )
+    contrast: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Largest random change of contrast, as a share of it."
+    )
 
 
 class Model(_Section):
-    backbone: str = Field("resnet101", description="Name of a registered network.")
-    weights: str = Field("imagenet", description="imagenet, random, or a .pth or .safetensors file.")
+    backbone: str = Field(default="resnet101", description="Name of a registered network.")
+    weights: str = Field(default="imagenet", description="imagenet, random, or a .pth or .safetensors file.")
     frozen_depth: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
-        0, description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head."
+        default=0,
+        description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head.",
     )
-    zero_init_residual: bool = Field(False, description="Start residual branches at zero; for random weights only.")
+    zero_init_residual: bool = Field(default=False, description="Start residual branches at zero; for random weights only.")
 
     @model_validator(mode="after")
     def _zero_init_needs_random(self) -> Model:
@@ -78,52 +90,69 @@ class Model(_Section):
 
 
 class Optim(_Section):
-    name: Literal["sgd", "adamw"] = Field("adamw", description="Optimiser.")
-    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of the new head.")
-    backbone_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="Peak learning rate of the backbone; null: lr.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight decay (decoupled in adamw).")
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Largest gradient norm; null: no clipping.")
+    name: Literal["sgd", "adamw"] = Field(default="adamw", description="Optimiser.")
+    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="Peak learning rate of the new head.")
+    backbone_lr: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Peak learning rate of the backbone; null: lr."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay (decoupled in adamw).")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest gradient norm; null: no clipping."
+    )
 
 
 class Schedule(_Section):
-    name: Literal["constant", "step", "cosine"] = Field("cosine", description="Course of the learning rate after warm-up.")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="Linear warm-up, epochs (fractions allowed).")
-    step_epochs: PositiveInt = Field(10, description="step: epochs between two drops.")
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="step: factor of each drop.")
-    final_fraction: Fraction = Field(0.0, description="cosine: learning rate at the end, as a share of the peak.")
+    name: Literal["constant", "step", "cosine"] = Field(
+        default="cosine", description="Course of the learning rate after warm-up."
+    )
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Linear warm-up, epochs (fractions allowed).")
+    step_epochs: PositiveInt = Field(default=10, description="step: epochs between two drops.")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(default=0.1, description="step: factor of each drop.")
+    final_fraction: Fraction = Field(default=0.0, description="cosine: learning rate at the end, as a share of the peak.")
 
 
 class Train(_Section):
-    epochs: PositiveInt = Field(10, description="Passes over the training split.")
+    epochs: PositiveInt = Field(default=10, description="Passes over the training split.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Autocast type; auto: bf16 where the processor has it, else fp16 on a GPU, fp32 on a CPU."
+        default="auto", description="Autocast type; auto: bf16 where the processor has it, else fp16 on a GPU, fp32 on a CPU."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of order, augmentation and initialisation.")
-    class_weights: Literal["none", "balanced"] = Field("none", description="Weight of each class in the loss.")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the target spread over all classes.")
-    accumulation_steps: PositiveInt = Field(1, description="Parts in which a rank's batch is computed, to save memory.")
-    channels_last: bool = Field(True, description="Memory layout of convolutions.")
-    early_stop_epochs: PositiveInt | None = Field(None, description="Stop after so many epochs without a better val AUC.")
-    threads: PositiveInt | None = Field(None, description="CPU threads per rank; null: the rank's share. Bits depend on it.")
-    collective_timeout_s: PositiveInt = Field(300, description="Give up on a silent rank after so many seconds.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="Seed of order, augmentation and initialisation."
+    )
+    class_weights: Literal["none", "balanced"] = Field(default="none", description="Weight of each class in the loss.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of the target spread over all classes."
+    )
+    accumulation_steps: PositiveInt = Field(default=1, description="Parts in which a rank's batch is computed, to save memory.")
+    channels_last: bool = Field(default=True, description="Memory layout of convolutions.")
+    early_stop_epochs: PositiveInt | None = Field(
+        default=None, description="Stop after so many epochs without a better val AUC."
+    )
+    threads: PositiveInt | None = Field(
+        default=None, description="CPU threads per rank; null: the rank's share. Bits depend on it."
+    )
+    collective_timeout_s: PositiveInt = Field(default=300, description="Give up on a silent rank after so many seconds.")
 
 
 class Evaluate(_Section):
-    unit: Literal["image", "patient"] = Field("image", description="What the headline numbers count.")
-    aggregate: Literal["mean", "max"] = Field("mean", description="How a patient's images become one score.")
+    unit: Literal["image", "patient"] = Field(default="image", description="What the headline numbers count.")
+    aggregate: Literal["mean", "max"] = Field(default="mean", description="How a patient's images become one score.")
     sensitivity: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Threshold: the highest that reaches this sensitivity on val; null: Youden's index, with a caution."
+        default=None,
+        description="Threshold: the highest that reaches this sensitivity on val; null: Youden's index, with a caution.",
     )
-    bootstrap_samples: PositiveInt = Field(2000, description="Resamples of patients for the bootstrap interval.")
+    bootstrap_samples: PositiveInt = Field(default=2000, description="Resamples of patients for the bootstrap interval.")
 
 
 class Cluster(_Section):
-    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="Ray Train workers; 0: in this process, no Ray.")
-    use_gpu: bool | None = Field(None, description="One GPU per worker; null: where there is one.")
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="CPUs reserved for each worker.")
-    address: str | None = Field(None, description="Address of a Ray cluster; null: RAY_ADDRESS, else start one here.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="Restarts from the last checkpoint after a lost worker.")
+    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="Ray Train workers; 0: in this process, no Ray.")
+    use_gpu: bool | None = Field(default=None, description="One GPU per worker; null: where there is one.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1.0, description="CPUs reserved for each worker.")
+    address: str | None = Field(default=None, description="Address of a Ray cluster; null: RAY_ADDRESS, else start one here.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="Restarts from the last checkpoint after a lost worker."
+    )
 
 
 class Config(_Section):
@@ -155,14 +184,16 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key!r} is given twice", problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping in ``text``. Raises ConfigError, naming ``where``, for anything that is not a plain YAML mapping."""
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader: only plain data, no objects
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "not YAML"
         mark = getattr(error, "problem_mark", None)
@@ -171,7 +202,9 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected sections like `optim:` with keys below them, found {type(tree).__name__}.")
+        raise ConfigError(
+            f"{where}: expected sections like `optim:` with keys below them, found {type(tree).__name__}."
+        )
     return cast("dict[str, Any]", tree)
 
 
@@ -189,7 +222,11 @@ def preset_text(name: str) -> str:
 
 
 def load_config(
-    *, preset: str | None = None, file: str | Path | None = None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    *,
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """The config from ``preset`` < ``file`` < ``base`` (what a command fixes) < ``overrides`` (``section.key=value``, value as YAML).
 
@@ -203,7 +240,9 @@ def load_config(
         try:
             text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {file}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
+            raise ConfigError(
+                f"config {file}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})."
+            ) from None
         _merge(tree, parse_yaml(text, f"config {file}"))
     if base is not None:
         _merge(tree, base)
@@ -222,7 +261,9 @@ def validate(tree: Mapping[str, Any]) -> Config:
         for fault in error.errors():
             subject, message = _explain(fault)
             expected.setdefault(subject, []).append(message)
-        raise ConfigError("\n".join(subject + " or ".join(dict.fromkeys(m)) for subject, m in expected.items())) from None
+        raise ConfigError(
+            "\n".join(subject + " or ".join(dict.fromkeys(m)) for subject, m in expected.items())
+        ) from None
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

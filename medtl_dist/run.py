@@ -11,11 +11,10 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import pyarrow as pa
-import pyarrow.fs
 import torch
+from pyarrow import fs as pafs
 
 from medtl_dist import collectives
 from medtl_dist.errors import DataError
@@ -32,12 +31,12 @@ class Signal(enum.IntEnum):
 class Folder:
     """A folder as filesystem and path; names below it use ``/``. Only local filesystems are exercised so far."""
 
-    fs: pa.fs.FileSystem
+    fs: pafs.FileSystem
     path: str
 
     @classmethod
     def local(cls, path: str | Path) -> Folder:
-        return cls(pa.fs.LocalFileSystem(), str(Path(path).absolute()))
+        return cls(pafs.LocalFileSystem(), str(Path(path).absolute()))
 
     def at(self, name: str) -> str:
         return f"{self.path}/{name}"
@@ -55,7 +54,7 @@ class Folder:
         target = self.at(name)
         self.fs.create_dir(target.rpartition("/")[0], recursive=True)
         # A rename inside one folder is atomic on a local disk; object stores commit a file when its stream closes.
-        local = isinstance(self.fs, pa.fs.LocalFileSystem)
+        local = isinstance(self.fs, pafs.LocalFileSystem)
         place = f"{target}.{os.getpid()}.tmp" if local else target
         try:
             with self.fs.open_output_stream(place) as stream:
@@ -69,11 +68,11 @@ class Folder:
             raise
 
     def exists(self, name: str) -> bool:
-        return self.fs.get_file_info(self.at(name)).type != pa.fs.FileType.NotFound
+        return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 
     def names(self, name: str = "") -> list[str]:
         """Sorted base names of what lies in the folder ``name``; empty where it does not exist."""
-        selector = pa.fs.FileSelector(self.at(name) if name else self.path, allow_not_found=True)
+        selector = pafs.FileSelector(self.at(name) if name else self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
     def delete_tree(self, name: str) -> None:
@@ -83,7 +82,7 @@ class Folder:
     @property
     def local_path(self) -> Path:
         """The folder as a path of this machine. Raises DataError for other filesystems."""
-        if not isinstance(self.fs, pa.fs.LocalFileSystem):
+        if not isinstance(self.fs, pafs.LocalFileSystem):
             raise DataError(f"{self.path}: this step needs a local folder.")
         return Path(self.path)
 
@@ -142,10 +141,16 @@ class LocalRun:
     local_rank: int = 0
     reports: list[dict[str, float | int | None]] = field(default_factory=list)
     received: int | None = None
+    _handlers: dict[int, Any] = field(default_factory=dict)
 
     def stop_on_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def forget_signals(self) -> None:
+        """Put the process's own handlers back."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _note(self, number: int, _frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:

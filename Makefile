@@ -1,0 +1,48 @@
+# Two commands: `make demo` and `make test`. Nothing but Python (3.11 or newer) and make is needed beforehand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MEDTL_DATA_DIR ?= ../shared/data
+export MEDTL_DATA_DIR
+
+.PHONY: setup demo test lint types imports unit bench test-browser clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(STAMP) ## make the environment and install everything
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medtl_dist needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## pack, train on two Ray workers, evaluate and report on an embedded data set
+	$(BIN)/medtl demo
+
+test: lint types imports unit ## everything that needs only Python and make
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## pyright
+	$(BIN)/pyright
+
+imports: $(STAMP) ## import-linter
+	$(BIN)/lint-imports --no-cache
+
+unit: $(STAMP) ## pytest
+	$(BIN)/python -m pytest
+
+test-browser: $(STAMP) ## the report in a real browser; needs chromium
+	@command -v chromium >/dev/null || { echo "make test-browser needs chromium (Debian: apt-get install chromium)"; exit 1; }
+	MEDTL_STAGE_BROWSER=1 $(BIN)/python -m pytest tests/browser
+
+bench: $(STAMP) ## benchmark scripts; each prints its own table
+	$(BIN)/python benchmarks/interval_coverage.py
+
+clean: ## remove the environment
+	rm -rf $(VENV)

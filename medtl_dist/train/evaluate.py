@@ -1,0 +1,145 @@
+"""fit → predictions: every image of a split scored exactly once, pooled by key; numbers come later and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from medtl_dist import collectives
+from medtl_dist.data.loader import Loader
+from medtl_dist.data.shards import Dataset, read_split
+from medtl_dist.data.stream import Batch, eval_batches
+from medtl_dist.data.transforms import EvalTransform
+from medtl_dist.errors import MedtlError
+from medtl_dist.metrics.pooling import pool
+from medtl_dist.metrics.scores import log_odds, probability
+from medtl_dist.models.normalise import Normalisation, normalise
+from medtl_dist.train.precision import Precision
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How an image becomes outputs: the model with everything around it that must be as in training."""
+
+    model: nn.Module
+    transform: EvalTransform
+    normalisation: Normalisation
+    precision: Precision
+    device: torch.device
+    channels_last: bool
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A split's pooled scores in index order: ``keys`` [n] hex, ``labels`` int64 [n], ``outputs`` float64 [n, classes]."""
+
+    keys: list[str]
+    labels: np.ndarray
+    outputs: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        return log_odds(self.outputs)
+
+
+def cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean ``-log p(label)`` in float64; no class weights, no smoothing. ``outputs`` [n, classes], ``labels`` int64 [n]."""
+    z = outputs.astype(np.float64)
+    peak = z.max(axis=1, keepdims=True)
+    log_sum = peak[:, 0] + np.log(np.exp(z - peak).sum(axis=1))
+    return float((log_sum - z[np.arange(len(labels)), labels]).mean())
+
+
+@torch.no_grad()
+def score_split(
+    scorer: Scorer, dataset: Dataset, split: str, *, rank: int, world_size: int, loader: Loader | None = None
+) -> Predictions | None:
+    """Score every image of ``split`` once. Collective: every rank calls it; rank 0 gets the pooled predictions, others None.
+
+    A batch holds the same images in the same places at every world size, the last one padded to the same shape, so an
+    image's score does not depend on the world size.
+
+    Raises:
+        DataError: on every rank, where one rank met a damaged shard or a key is missing or scored differently twice.
+    """
+    keys: list[str] = []
+    labels: list[np.ndarray] = []
+    outputs: list[np.ndarray] = []
+    failure: MedtlError | None = None
+    was_training = scorer.model.training
+    scorer.model.eval()
+    try:
+        for batch in _batches(scorer, dataset, split, rank=rank, world_size=world_size, loader=loader):
+            keys += batch.keys
+            labels.append(batch.labels.numpy())
+            outputs.append(forward(scorer, batch.images)[: batch.num_real])
+    except MedtlError as error:
+        failure = error
+    finally:
+        scorer.model.train(was_training)
+    collectives.raise_together(failure)
+    num_classes = len(dataset.classes)
+    part = {
+        "keys": keys,
+        "labels": np.concatenate(labels) if labels else np.zeros(0, np.int64),
+        "logits": np.concatenate(outputs) if outputs else np.zeros((0, num_classes), np.float32),
+    }
+    parts = collectives.gather_to_rank_0(part)
+    pooled: Predictions | None = None
+    if rank == 0:
+        try:
+            expected = hex_keys(read_split(dataset, split, columns=["key"]))
+            whole = pool(parts, expected, split)
+            pooled = Predictions(expected, whole["labels"], whole["logits"])
+        except MedtlError as error:
+            failure = error
+    collectives.raise_together(failure)
+    return pooled
+
+
+def forward(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
+    """Outputs float32 [batch, classes] of images uint8 [batch, channels, size, size]."""
+    images = images.to(scorer.device, non_blocking=True)
+    with scorer.precision.autocast():
+        inputs = normalise(images, scorer.normalisation, channels_last=scorer.channels_last)
+        return scorer.model(inputs).float().cpu().numpy()
+
+
+def hex_keys(table: pa.Table) -> list[str]:
+    """The binary ``key`` column as hexadecimal strings."""
+    return [key.hex() for key in table.column("key").to_pylist()]
+
+
+def predictions_table(dataset: Dataset, split: str, predictions: Predictions) -> pa.Table:
+    """The table of ``predictions/{split}.parquet``: key, group, domain, kept columns, label, logit_ and score_ per class."""
+    index = read_split(dataset, split)
+    own = {"key", "sha256", "split", "label", "shard", "offset", "size", "width", "height", "channels"}
+    columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray | list[str]] = {"key": predictions.keys}
+    columns |= {name: index.column(name) for name in index.column_names if name not in own}
+    columns["label"] = predictions.labels
+    logits = predictions.logits
+    for k, name in enumerate(dataset.classes):
+        columns[f"logit_{name}"] = logits[:, k]
+    for k, name in enumerate(dataset.classes):
+        columns[f"score_{name}"] = probability(logits[:, k])
+    return pa.table(columns)
+
+
+def _batches(
+    scorer: Scorer, dataset: Dataset, split: str, *, rank: int, world_size: int, loader: Loader | None
+) -> Iterator[Batch]:
+    return eval_batches(
+        dataset,
+        split,
+        transform=scorer.transform,
+        batch_size=scorer.batch_size,
+        rank=rank,
+        world_size=world_size,
+        loader=loader,
+    )

@@ -1,0 +1,64 @@
+"""fit → log.jsonl, progress.json and TensorBoard events: what a person or a terminal follows while a run goes on.
+
+Only rank 0 writes. ``log.jsonl`` grows by a line per note and per epoch; ``progress.json`` is replaced about every second.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from medtl_dist.run import Folder, Run
+
+_PROGRESS_EVERY_S = 1.0
+
+
+class Journal:
+    """The run's log on rank 0, silent on the others."""
+
+    def __init__(self, run: Run, *, first_step: int = 0) -> None:
+        self._folder: Folder | None = run.folder if run.rank == 0 else None
+        self._last_progress = 0.0
+        self._writer: SummaryWriter | None = None
+        if self._folder is not None:
+            self._writer = SummaryWriter(str(self._folder.local_path / "events"), purge_step=first_step or None)
+
+    def note(self, text: str) -> None:
+        """A sentence the user should read."""
+        self._append({"kind": "note", "text": text})
+
+    def epoch(self, row: Mapping[str, Any], *, step: int) -> None:
+        """An epoch's row of the history."""
+        self._append({"kind": "epoch", "step": step} | dict(row))
+        if self._writer is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+    def due(self) -> bool:
+        """Whether it is time for :meth:`progress` again; asked so that a loss need not leave its device for nothing."""
+        return self._folder is not None and time.monotonic() - self._last_progress >= _PROGRESS_EVERY_S
+
+    def progress(self, row: Mapping[str, Any]) -> None:
+        """Where the run stands, replacing what it said before."""
+        if self._folder is not None:
+            self._last_progress = time.monotonic()
+            self._folder.write("progress.json", json.dumps(dict(row)).encode())
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
+        stamped = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | dict(row)
+        with (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(stamped) + "\n")

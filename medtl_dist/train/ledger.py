@@ -1,0 +1,38 @@
+"""predictions → a ledger beside the runs: how often a data set's test split was scored, and by how many configurations."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+from pathlib import Path
+
+LEDGER = "test_openings.jsonl"
+
+
+def record_opening(run_folder: Path, *, dataset_sha256: str, config_sha256: str) -> dict[str, int]:
+    """Append one opening of a data set's test split to the ledger beside the run folder; return :func:`count_openings`."""
+    entry = {
+        "dataset_sha256": dataset_sha256,
+        "config_sha256": config_sha256,
+        "run": run_folder.name,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    with (run_folder.parent / LEDGER).open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(entry) + "\n")
+    return count_openings(run_folder, dataset_sha256)
+
+
+def count_openings(run_folder: Path, dataset_sha256: str) -> dict[str, int]:
+    """``{"count", "configurations"}`` of a data set, over all runs beside this one. A line that can't be read counts too."""
+    path = run_folder.parent / LEDGER
+    entries: list[dict[str, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = {"dataset_sha256": dataset_sha256, "config_sha256": line}
+        if entry.get("dataset_sha256") == dataset_sha256:
+            entries.append(entry)
+    return {"count": len(entries), "configurations": len({entry.get("config_sha256") for entry in entries})}

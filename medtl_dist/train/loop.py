@@ -1,0 +1,293 @@
+"""batches and model → checkpoints, history, predictions: the training loop, the same in one process and on a cluster.
+
+One run: model and newest checkpoint (``session``); then per epoch train, evaluate, checkpoint, report; at the end the
+best checkpoint is scored and the results are written. Ranks fail together: see ``collectives.raise_together``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medtl_dist import collectives
+from medtl_dist.config import Config
+from medtl_dist.data.stream import Batch
+from medtl_dist.errors import DataError, Interrupted, MedtlError, TrainingError
+from medtl_dist.metrics.ranking import average_precision, roc_auc
+from medtl_dist.models.normalise import normalise
+from medtl_dist.run import Run, Signal
+from medtl_dist.train import checkpoint, optim, results
+from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
+from medtl_dist.train.session import Session, agreed, best_row, save, start, train_stream
+from medtl_dist.train.setup import average_buffers
+
+_POLL_EVERY_STEPS = 5
+
+
+def fit(config: Config, run: Run, *, open_test: bool = False) -> None:
+    """Train, or go on from the newest checkpoint in the run folder, and leave predictions and ``results.json`` there.
+
+    Collective: every rank calls it with the same arguments. ``open_test`` scores the test split once at the end.
+
+    Raises:
+        MedtlError: the same on every rank; Interrupted where ``run.poll`` asked to stop, after a checkpoint.
+    """
+    session = start(config, run)
+    try:
+        while not finished(session):
+            timing = train_epoch(session)
+            close_epoch(session, timing)
+        conclude(session, open_test=open_test)
+    finally:
+        session.loader.close()
+        session.journal.close()
+
+
+def finished(session: Session) -> bool:
+    """All epochs done, or no better val AUC for ``train.early_stop_epochs``: decided from the history, so alike on all ranks."""
+    history, patience = session.position.history, session.config.train.early_stop_epochs
+    if session.position.epoch >= session.config.train.epochs:
+        return True
+    best = best_row(history)
+    # Only between epochs: an epoch that was interrupted is finished first.
+    if best is None or patience is None or session.position.step > 0:
+        return False
+    return history[-1]["epoch"] - best["epoch"] >= patience
+
+
+def train_epoch(session: Session) -> dict[str, float]:
+    """Run the rest of the current epoch's steps and return how long they took.
+
+    Raises Interrupted, after a checkpoint, where the run was told to stop; TrainingError where the loss is not finite.
+    """
+    config, position = session.config, session.position
+    session.network.model.train()  # what is frozen stays in eval
+    began, waited, first_step = time.monotonic(), 0.0, position.step
+    loss_here = torch.zeros((), dtype=torch.float64, device=session.run.device)
+    last: tuple[Tensor, list[str]] | None = None
+    batches = agreed(lambda: train_stream(session))
+    while position.step < session.plan.num_steps:
+        asked = time.monotonic()
+        batch, failure = _next(batches)
+        waited += time.monotonic() - asked
+        # The loss of the step before is looked at only now, when the device has long finished it.
+        failure = failure or (_non_finite(session, *last) if last else None)
+        own_weight = optim.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
+        # One small reduction a step: the loss's global denominator, and whether any rank has failed.
+        weight, num_failed = collectives.totals([own_weight, float(failure is not None)])
+        collectives.raise_together(failure, failed=num_failed > 0)
+        assert batch is not None
+        loss = train_step(session, batch, weight)
+        loss_here += loss
+        last = (loss, batch.keys)
+        position.weight_total += weight
+        position.step += 1
+        position.global_step += 1
+        if session.journal.due():
+            elapsed = time.monotonic() - began
+            session.journal.progress(
+                _progress(session, position.step - first_step, elapsed, waited, float(loss) / max(own_weight, 1e-12))
+            )
+        if position.global_step % _POLL_EVERY_STEPS == 0 and session.run.poll() is Signal.CHECKPOINT_AND_STOP:
+            _close_losses(session, loss_here, last)
+            save(session)
+            raise Interrupted(
+                f"stopped as asked in epoch {position.epoch}, after step {position.step}; the same command with --resume goes on."
+            )
+    _close_losses(session, loss_here, last)
+    elapsed, steps_done = time.monotonic() - began, position.step - first_step
+    if elapsed <= 0 or steps_done == 0:
+        return {"train_s": 0.0, "images_per_s": 0.0, "data_wait_fraction": 0.0}
+    images = steps_done * config.data.global_batch_size
+    return {"train_s": elapsed, "images_per_s": images / elapsed, "data_wait_fraction": waited / elapsed}
+
+
+def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
+    """One optimiser step on this rank's part of the global batch; returns its summed loss, float64, detached.
+
+    DDP averages the ranks' gradients, so each rank's summed loss is scaled by W / (global denominator): the result is
+    the gradient of the global mean, however unequal the ranks' counts. Parts of a batch (accumulation) add up likewise.
+    """
+    config, network = session.config, session.network
+    factor = optim.lr_factor(
+        config.schedule,
+        step=session.position.global_step,
+        steps_per_epoch=session.plan.num_steps,
+        epochs=config.train.epochs,
+    )
+    optim.set_lr(session.optimizer, factor)
+    images = batch.images.to(session.run.device, non_blocking=True)
+    labels = batch.labels.to(session.run.device, non_blocking=True)
+    total = torch.zeros((), dtype=torch.float64, device=session.run.device)
+    scale = session.run.world_size / global_weight if global_weight > 0 else 0.0
+    parts = min(config.train.accumulation_steps, len(labels))
+    for part, (some_images, some_labels) in enumerate(
+        zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    ):
+        with _no_sync(session.stepper) if part < parts - 1 else contextlib.nullcontext():
+            with network.precision.autocast():
+                inputs = normalise(some_images, network.normalisation, channels_last=config.train.channels_last)
+                logits = session.stepper(inputs)
+            loss = optim.loss_sum(
+                logits, some_labels, class_weights=session.class_weights, label_smoothing=config.train.label_smoothing
+            )
+            session.scaler.scale(loss * scale).backward()
+        total += loss.detach().double()
+    if config.optim.clip_norm is not None:
+        session.scaler.unscale_(session.optimizer)
+        trainable = [p for group in session.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
+    session.scaler.step(session.optimizer)
+    session.scaler.update()
+    session.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def close_epoch(session: Session, timing: dict[str, float]) -> None:
+    """Score val, append to the history, commit a checkpoint, report. Collective; decided once, on rank 0, for all ranks."""
+    position, run = session.position, session.run
+    average_buffers(session.network.model)
+    began = time.monotonic()
+    predictions = score_split(
+        session.scorer,
+        session.dataset,
+        "val",
+        rank=run.rank,
+        world_size=run.world_size,
+        loader=session.loader,
+    )
+    numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
+    row: dict[str, Any] = {
+        "epoch": position.epoch,
+        "train_loss": position.loss_total / position.weight_total if position.weight_total > 0 else 0.0,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        **numbers,
+        "images_per_s": timing["images_per_s"],
+        "data_wait_fraction": timing["data_wait_fraction"],
+        "epoch_s": timing["train_s"] + time.monotonic() - began,
+        "checkpoint": position.global_step,
+    }
+    position.history.append(collectives.from_rank_0(row))
+    position.epoch += 1
+    position.step, position.loss_total, position.weight_total = 0, 0.0, 0.0
+    save(session)
+    session.journal.epoch(row, step=position.global_step)
+    session.journal.progress(_progress(session, 0, 0.0, 0.0, row["train_loss"]))
+    run.report({name: value for name, value in row.items() if not isinstance(value, str)})
+
+
+def conclude(session: Session, *, open_test: bool) -> None:
+    """Score the best checkpoint on val, and on test where asked, and write predictions, history and results. Collective."""
+    run = session.run
+    best = _best_checkpoint(session)
+    session.network.model.load_state_dict(checkpoint.load(run.folder, best["checkpoint"])[0])
+    splits = ["val"] + (["test"] if open_test else [])
+    scored: dict[str, Predictions] = {}
+    for split in splits:
+        predictions = score_split(
+            session.scorer,
+            session.dataset,
+            split,
+            rank=run.rank,
+            world_size=run.world_size,
+            loader=session.loader,
+        )
+        if predictions is not None:
+            scored[split] = predictions
+    if run.rank == 0:
+        results.write(session, best, scored)
+    collectives.largest(0)  # nobody leaves before the results are written
+
+
+def _best_checkpoint(session: Session) -> dict[str, Any]:
+    """The best epoch's row whose checkpoint verifies, told loudly where it is not the best one. The same on every rank."""
+    chosen: dict[str, Any] | None = None
+    failure: MedtlError | None = None
+    if session.run.rank == 0:
+        rows = list(session.position.history)
+        while chosen is None and (row := best_row(rows)) is not None:
+            try:
+                checkpoint.verify(session.run.folder, row["checkpoint"])
+                chosen = row
+            except DataError as error:
+                if row["checkpoint"] in checkpoint.steps(session.run.folder):
+                    session.journal.note(f"best checkpoint passed over: {error.message}")
+                rows.remove(row)
+        if chosen is None:
+            failure = DataError(f"{session.run.folder.path}: no checkpoint verifies; train again in a new run folder.")
+    collectives.raise_together(failure)
+    result = collectives.from_rank_0(chosen)
+    assert result is not None
+    return result
+
+
+def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float | None]:
+    """The quick numbers of an epoch; intervals and curves are made once, at the end."""
+    logits, labels = predictions.logits, predictions.labels
+    columns = [1] if session.dataset.task == "binary" else range(logits.shape[1])
+    aucs = [roc_auc(labels == k, logits[:, k]) for k in columns]
+    precisions = [average_precision(labels == k, logits[:, k]) for k in columns]
+    return {
+        "val_auc": _mean_defined(aucs),
+        "val_loss": cross_entropy(predictions.outputs, labels),
+        "val_average_precision": _mean_defined(precisions),
+    }
+
+
+def _mean_defined(values: list[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return math.fsum(defined) / len(defined) if defined else None
+
+
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, MedtlError | None]:
+    try:
+        return next(batches), None
+    except MedtlError as error:
+        return None, error
+
+
+def _non_finite(session: Session, loss: Tensor, keys: list[str]) -> TrainingError | None:
+    if bool(torch.isfinite(loss)):
+        return None
+    position = session.position
+    return TrainingError(
+        f"the loss is not finite in epoch {position.epoch}, step {position.step - 1} (images {', '.join(keys[:8])}"
+        f"{', …' if len(keys) > 8 else ''}): lower optim.lr, set optim.clip_norm, or compute in fp32. "
+        f"The last checkpoint is from before it."
+    )
+
+
+def _close_losses(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
+    """Check the last step's loss on every rank and add the ranks' summed losses to the position."""
+    failure = _non_finite(session, *last) if last else None
+    total, num_failed = collectives.totals([float(loss_here), float(failure is not None)])
+    collectives.raise_together(failure, failed=num_failed > 0)
+    session.position.loss_total += total
+
+
+def _no_sync(stepper: nn.Module) -> contextlib.AbstractContextManager[object]:
+    return stepper.no_sync() if hasattr(stepper, "no_sync") else contextlib.nullcontext()  # type: ignore[operator]
+
+
+def _progress(session: Session, steps_done: int, elapsed: float, waited: float, loss: float) -> dict[str, Any]:
+    config, position = session.config, session.position
+    best = best_row(position.history)
+    rate = steps_done * config.data.global_batch_size / elapsed if elapsed > 0 else None
+    steps_left = session.plan.num_steps * (config.train.epochs - position.epoch) - position.step
+    return {
+        "epoch": position.epoch,
+        "epochs": config.train.epochs,
+        "step": position.step,
+        "steps": session.plan.num_steps,
+        "loss": loss if math.isfinite(loss) else None,
+        "images_per_s": rate,
+        "data_wait_fraction": waited / elapsed if elapsed > 0 else None,
+        "best_val_auc": best["val_auc"] if best else None,
+        "seconds_left": steps_left * config.data.global_batch_size / rate if rate else None,
+    }

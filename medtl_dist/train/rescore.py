@@ -1,0 +1,57 @@
+"""run folder → predictions and results of one more split: the best checkpoint, scored again in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from medtl_dist import collectives
+from medtl_dist.errors import DataError, UserError
+from medtl_dist.run import LocalRun
+from medtl_dist.train import checkpoint, results
+from medtl_dist.train.evaluate import score_split
+from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
+
+
+def evaluate_run(run: LocalRun, split: str) -> dict[str, Any]:
+    """Score ``split`` with a finished run's best checkpoint, update its predictions and results, and return its entry.
+
+    The threshold stays the one fixed on val when the run ended. Scoring test counts in the ledger. Collective where
+    there are several ranks; the entry is returned on rank 0, ``{}`` elsewhere.
+
+    Raises:
+        UserError: not a finished run, a split that the set lacks, or another data set than the run's.
+        DataError: the checkpoint or a shard is damaged.
+    """
+    folder = run.folder
+    config = read_config(Path(folder.path))
+    if not folder.exists("results.json"):
+        raise UserError(f"{folder.path}: the run has not finished; `medtl train --resume` goes on with it.")
+    known = results.read_results(folder)
+    set_threads(config, run.world_size)
+    dataset = open_shards(config)
+    if dataset.sha256 != known["provenance"]["dataset_sha256"]:
+        raise UserError(
+            f"{dataset.folder}: not the data set that this run was trained on; its dataset.json has changed."
+        )
+    if not dataset.shards(split):
+        raise UserError(f"{dataset.folder} has no {split} images; its splits: {', '.join(dataset.splits)}.")
+    network = create_network(config, dataset, device=run.device, rank=run.rank, load_weights=False)
+    weights, _, meta = checkpoint.load(folder, known["best_checkpoint"])
+    if meta["classes"] != list(dataset.classes):
+        raise DataError(f"{folder.path}: its checkpoint was trained for other classes.")
+    network.model.load_state_dict(weights)
+    predictions = score_split(scorer_of(config, network), dataset, split, rank=run.rank, world_size=run.world_size)
+    entry: dict[str, Any] = {}
+    if predictions is not None:
+        if split == "test":
+            known["test_openings"] = results.note_opening(config, dataset, folder)
+        results.write_predictions(folder, dataset, split, predictions)
+        entry = results.summarise_split(config, dataset, split, predictions, known["threshold"])
+        known["splits"][split] = entry
+        known["headline"] = results.headline(known["splits"])
+        known["cautions"] = results.cautions(config, dataset, known["model"]["weights"], known["splits"])
+        results.write_results(folder, known)
+    collectives.largest(0)
+    return entry

@@ -1,0 +1,65 @@
+"""run folder: made once, refused when it is another run's, locked while a driver writes in it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+from medtl_dist.config import Config, differing_keys, load_config
+from medtl_dist.errors import UserError
+
+
+def default_run_folder(config: Config) -> Path:
+    """``runs/<data set>-<backbone>-<time>`` below the current folder."""
+    name = Path(config.data.shards or "data").name
+    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{config.model.backbone}-{stamp}"
+
+
+@contextlib.contextmanager
+def opened_run_folder(folder: Path, config: Config, *, resume: bool) -> Iterator[Path]:
+    """Create the run folder with its ``config.yaml``, or take up an interrupted run's, and hold its lock.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is false, holds something else, has another config, or another
+            process is writing in it.
+    """
+    used = (
+        folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()) if not folder.is_file() else True
+    )
+    if used and not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder, but it is not empty either; name another with --run-dir.")
+    if used and not resume:
+        raise UserError(f"{folder} already holds a run; add --resume to go on with it, or name another with --run-dir.")
+    if used:
+        before = load_config(file=folder / "config.yaml")
+        if before.sha256() != config.sha256():
+            changes = "; ".join(differing_keys(before, config))
+            raise UserError(f"{folder} holds a run of another config ({changes}); --resume needs the same one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: the run folder can't be written ({error.strerror}).") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is training in this run folder; wait for it or stop it."
+            ) from None
+        if not used:
+            temporary = folder / "config.yaml.tmp"
+            temporary.write_text(config.to_yaml(), encoding="utf-8")
+            temporary.replace(folder / "config.yaml")
+        yield folder
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a run folder. Raises UserError where it is none."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
+    return load_config(file=folder / "config.yaml")

@@ -1,0 +1,168 @@
+"""config and shard set → everything a training loop needs: model, preprocessing, precision, the same on every rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from medtl_dist import collectives
+from medtl_dist.config import Config
+from medtl_dist.data.shards import Dataset, open_dataset
+from medtl_dist.data.transforms import EvalTransform, TrainTransform
+from medtl_dist.errors import MedtlError, UserError
+from medtl_dist.models.backbones import create_model
+from medtl_dist.models.freezing import freeze, resolve_depth
+from medtl_dist.models.normalise import Normalisation
+from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
+from medtl_dist.train.evaluate import Scorer
+from medtl_dist.train.precision import Precision, resolve
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model on its device, frozen as asked, with what surrounds it. ``message`` and ``weights`` say where its weights are from."""
+
+    model: nn.Module
+    spec: BackboneSpec
+    frozen_depth: int
+    normalisation: Normalisation
+    image_size_px: int
+    precision: Precision
+    message: str
+    weights: str
+    weights_sha256: str | None
+
+
+def open_shards(config: Config) -> Dataset:
+    """The config's shard set. Raises UserError where none is named, or it is one this version cannot train on."""
+    if config.data.shards is None:
+        raise UserError("data.shards is not set: give the folder of a shard set, for example --set data.shards=my_set.")
+    dataset = open_dataset(config.data.shards)
+    if dataset.task not in ("binary", "multiclass"):
+        raise UserError(f"{config.data.shards}: task {dataset.task} is not supported here; binary and multiclass are.")
+    for split in ("train", "val"):
+        if not dataset.shards(split):
+            raise UserError(f"{config.data.shards}: the set has no {split} images; pack it with a {split} split.")
+    return dataset
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(config: Config, world_size: int) -> int:
+    """Fix this rank's CPU threads (its share of the cores unless configured) and return them."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    threads = config.train.threads or max(1, available_cpus() // max(local_ranks, 1))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def create_network(
+    config: Config, dataset: Dataset, *, device: torch.device, rank: int, load_weights: bool = True
+) -> Network:
+    """Build the config's network for the data set. Collective: rank 0 reads the weights, the others receive them.
+
+    ``load_weights=False``: the caller loads a checkpoint next, so initial weights need not exist any more.
+    Raises UserError on every rank where the weights can't be had or don't fit.
+    """
+    backbone = spec(config.model.backbone)
+    depth = resolve_depth(backbone, config.model.frozen_depth)
+    if config.data.normalisation == "half":
+        normalisation = Normalisation((0.5,) * dataset.channels, (0.5,) * dataset.channels)
+    else:
+        normalisation = native_normalisation(backbone, dataset.channels)
+    created = None
+    failure: MedtlError | None = None
+    try:
+        created = create_model(
+            config.model.backbone,
+            num_outputs=len(dataset.classes),
+            in_channels=dataset.channels,
+            weights=config.model.weights if rank == 0 and load_weights else "random",
+            normalisation=normalisation,
+            zero_init_residual=config.model.zero_init_residual,
+            seed=config.train.seed,
+        )
+    except MedtlError as error:
+        failure = error
+    collectives.raise_together(failure)
+    assert created is not None
+    model = created.model
+    freeze(model, backbone, depth)
+    model.to(device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if collectives.active():
+        broadcast_state(model)
+    message, weights, digest = collectives.from_rank_0((created.message, created.weights, created.weights_sha256))
+    return Network(
+        model=model,
+        spec=backbone,
+        frozen_depth=depth,
+        normalisation=normalisation,
+        image_size_px=config.data.image_size_px or backbone.image_size_px,
+        precision=resolve(config.train.precision, device),
+        message=message,
+        weights=weights,
+        weights_sha256=digest,
+    )
+
+
+def broadcast_state(model: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Give every rank the mean of the ranks' floating-point buffers (BatchNorm statistics), so that they score alike."""
+    if not collectives.active():
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(dist.get_world_size())
+
+
+def scorer_of(config: Config, network: Network) -> Scorer:
+    """How the network scores an image of val or test."""
+    return Scorer(
+        model=network.model,
+        transform=EvalTransform(network.image_size_px, mode=config.data.eval_view),
+        normalisation=network.normalisation,
+        precision=network.precision,
+        device=next(network.model.parameters()).device,
+        channels_last=config.train.channels_last,
+        batch_size=config.data.eval_batch_size,
+    )
+
+
+def train_transform_of(config: Config, network: Network) -> TrainTransform:
+    """The config's random training view."""
+    return TrainTransform(
+        network.image_size_px,
+        mode=config.data.eval_view,
+        crop_area_min=config.augment.crop_area_min,
+        hflip=config.augment.horizontal_flip,
+        rotation_deg=config.augment.rotation_deg,
+        brightness=config.augment.brightness,
+        contrast=config.augment.contrast,
+    )
+
+
+def preprocessing_of(config: Config, dataset: Dataset, network: Network) -> dict[str, Any]:
+    """All that happened to an image from its file to the network, pack time included, as plain JSON values."""
+    return {
+        "pack": dataset.info["preprocessing"],
+        "image_size_px": network.image_size_px,
+        "eval_view": config.data.eval_view,
+        "channels": dataset.channels,
+        "normalisation": {"mean": list(network.normalisation.mean), "std": list(network.normalisation.std)},
+    }

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from medtl_dist.errors import DataError
+from medtl_dist.run import Folder
+from medtl_dist.train import checkpoint
+
+
+def _save(folder: Folder, step: int, value: float = 0.0) -> None:
+    checkpoint.save(
+        folder, step, weights={"w": torch.full((3,), value)}, state={"lr": 0.5, "t": torch.arange(2)}, meta={"epoch": step}
+    )
+
+
+def test_what_was_saved_is_loaded(tmp_path) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 7, value=2.5)
+    weights, state, meta = checkpoint.load(folder, 7)
+    assert weights["w"].tolist() == [2.5] * 3
+    assert state["t"].tolist() == [0, 1]
+    assert meta == {"epoch": 7}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_next_older(tmp_path, name: str, damage: str) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 1)
+    _save(folder, 2)
+    victim = tmp_path / "checkpoints" / "00000002" / name
+    data = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(bytes(data[: len(data) // 2]) if damage == "cut" else bytes(data))
+    warnings: list[str] = []
+    assert checkpoint.latest(folder, warnings.append) == 1
+    assert len(warnings) == 1
+    assert name in warnings[0]
+
+
+def test_without_its_manifest_it_is_not_a_checkpoint(tmp_path) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 1)
+    (tmp_path / "checkpoints" / "00000001" / "manifest.json").unlink()
+    warnings: list[str] = []
+    assert checkpoint.latest(folder, warnings.append) is None
+    assert "never completed" in warnings[0]
+    _save(folder, 1, value=1.0)  # a remnant does not stand in the way
+    assert checkpoint.latest(folder, warnings.append) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99, "files": {}}'])
+def test_a_bad_manifest_is_an_error_that_names_it(tmp_path, text: str) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 3)
+    (tmp_path / "checkpoints" / "00000003" / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="00000003"):
+        checkpoint.verify(folder, 3)
+
+
+class _Canary:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_nothing_in_a_checkpoint_runs_code(tmp_path, monkeypatch, capsys) -> None:
+    folder = Folder.local(tmp_path)
+    monkeypatch.setattr(checkpoint.torch, "save", lambda state, buffer: buffer.write(pickle.dumps(_Canary(), protocol=2)))
+    _save(folder, 1)
+    with pytest.raises(DataError, match="can't be loaded"):
+        checkpoint.load(folder, 1)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_best_and_the_last_two_are_kept(tmp_path) -> None:
+    folder = Folder.local(tmp_path)
+    for step in (1, 2, 3, 4, 5):
+        _save(folder, step)
+        checkpoint.retain(folder, best_step=2 if step >= 2 else None)
+    assert checkpoint.steps(folder) == [2, 4, 5]
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_part(tmp_path, monkeypatch) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 1)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medtl_dist.run.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        _save(folder, 2)
+    monkeypatch.undo()
+    assert checkpoint.latest(folder, lambda _: None) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
