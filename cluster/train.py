@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import secrets
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -26,7 +26,7 @@ from medtl_dist.train.loop import fit
 from medtl_dist.train.setup import available_cpus
 
 
-def launch(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
+def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
     """Train with ``cluster.num_workers`` Ray Train workers in ``run_folder``; returns when the results are written.
 
     Every attempt gets a Ray run name of its own, so Ray has nothing to resume from: the newest checkpoint in the run
@@ -83,44 +83,23 @@ def work(payload: dict[str, Any]) -> dict[str, str]:
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
     """A connection to the configured cluster, or a cluster on this machine that ends with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a hospital's jobs leaves it unasked
-    # What Ray prints about its own inner steps is for Ray's developers; failures come back as exceptions.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="medtl-") as secret_folder:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
         if address is None:
-            _use_token_file(Path(secret_folder))
-        try:
-            if address is None:
-                cores = available_cpus()
-                needed = config.cluster.num_workers * config.cluster.cpus_per_worker
-                ray.init(
-                    address="local",
-                    num_cpus=max(cores, int(-(-needed // 1))),
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-            raise UserError(f"can't reach or start {where}: {str(error).splitlines()[0]}") from None
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _use_token_file(folder: Path) -> None:
-    """Token authentication for a cluster of our own, with a token that only this user can read and that dies with it."""
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+            # Where more workers are asked for than there are CPUs they share them, slowly but surely.
+            needed = math.ceil(config.cluster.num_workers * config.cluster.cpus_per_worker)
+            ray.init(address="local", num_cpus=max(available_cpus(), needed), **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
+        where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+        raise UserError(f"can't reach or start {where}: {str(error).splitlines()[0]}") from None
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _use_gpu(config: Config) -> bool:

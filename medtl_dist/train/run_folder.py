@@ -27,9 +27,10 @@ def opened_run_folder(folder: Path, config: Config, *, resume: bool) -> Iterator
         UserError: the folder holds a run and ``resume`` is false, holds something else, has another config, or another
             process is writing in it.
     """
-    used = (
-        folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()) if not folder.is_file() else True
-    )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder with --run-dir.")
+    # A run that failed before its first step (a mistyped weights file, say) leaves only its config: not a run yet.
+    used = folder.is_dir() and any(entry.name not in (".lock", "config.yaml") for entry in folder.iterdir())
     if used and not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder, but it is not empty either; name another with --run-dir.")
     if used and not resume:

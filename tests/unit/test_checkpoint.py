@@ -12,7 +12,11 @@ from medtl_dist.train import checkpoint
 
 def _save(folder: Folder, step: int, value: float = 0.0) -> None:
     checkpoint.save(
-        folder, step, weights={"w": torch.full((3,), value)}, state={"lr": 0.5, "t": torch.arange(2)}, meta={"epoch": step}
+        folder,
+        step,
+        weights={"w": torch.full((3,), value)},
+        state={"lr": 0.5, "t": torch.arange(2)},
+        meta={"epoch": step},
     )
 
 
@@ -71,7 +75,9 @@ class _Canary:
 
 def test_nothing_in_a_checkpoint_runs_code(tmp_path, monkeypatch, capsys) -> None:
     folder = Folder.local(tmp_path)
-    monkeypatch.setattr(checkpoint.torch, "save", lambda state, buffer: buffer.write(pickle.dumps(_Canary(), protocol=2)))
+    monkeypatch.setattr(
+        checkpoint.torch, "save", lambda state, buffer: buffer.write(pickle.dumps(_Canary(), protocol=2))
+    )
     _save(folder, 1)
     with pytest.raises(DataError, match="can't be loaded"):
         checkpoint.load(folder, 1)

@@ -17,7 +17,10 @@ from medtl_dist.errors import BY_NAME, ConfigError
             "optim.learning_rate=3",
             "unknown key optim.learning_rate; optim has: backbone_lr, clip_norm, lr, momentum, name, weight_decay",
         ),
-        ("opt.lr=1", "unknown key opt; the config has: augment, cluster, data, evaluate, model, optim, schedule, train"),
+        (
+            "opt.lr=1",
+            "unknown key opt; the config has: augment, cluster, data, evaluate, model, optim, schedule, train",
+        ),
         ("optim.lr=-1", "optim.lr = -1 (Peak learning rate of the new head.) Expected greater than 0"),
         ("optim.lr=.nan", "optim.lr = nan (Peak learning rate of the new head.) Expected a finite number"),
         ("model.frozen_depth=deep", "model.frozen_depth = 'deep'"),
@@ -94,7 +97,9 @@ def test_the_classic_presets_say_what_is_odd_and_it_is_so() -> None:
 
 def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
     base = load_config(preset="smoke")
-    moved = load_config(preset="smoke", overrides=["cluster.num_workers=3", "data.shards=elsewhere", "data.loader_workers=4"])
+    moved = load_config(
+        preset="smoke", overrides=["cluster.num_workers=3", "data.shards=elsewhere", "data.loader_workers=4"]
+    )
     assert moved.sha256() == base.sha256()
     assert differing_keys(base, moved) == []
     flat = {
@@ -103,13 +108,25 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         for key in keys
         if section != "cluster" and f"{section}.{key}" not in ("data.shards", "data.loader_workers")
     }
-    other_values = {"optim.name": "adamw", "schedule.name": "step", "model.backbone": "resnet34", "model.weights": "f.pth"}
+    other_values = {
+        "optim.name": "adamw",
+        "schedule.name": "step",
+        "model.backbone": "resnet34",
+        "model.weights": "f.pth",
+    }
     other_values |= {"train.precision": "bf16", "train.class_weights": "balanced", "evaluate.unit": "patient"}
-    other_values |= {"evaluate.sensitivity": 0.9, "evaluate.aggregate": "max", "data.normalisation": "half", "data.eval_view": "squash"}
+    other_values |= {
+        "evaluate.sensitivity": 0.9,
+        "evaluate.aggregate": "max",
+        "data.normalisation": "half",
+        "data.eval_view": "squash",
+    }
     for dotted in sorted(flat):
         section, key = dotted.split(".")
         value = base.model_dump()[section][key]
-        new = other_values.get(dotted, (not value) if isinstance(value, bool) else 0.5 if isinstance(value, float) else 3)
+        new = other_values.get(
+            dotted, (not value) if isinstance(value, bool) else 0.5 if isinstance(value, float) else 3
+        )
         if dotted == "model.zero_init_residual":
             assert base.model.weights == "random"
         changed = load_config(preset="smoke", overrides=[f"{dotted}={yaml.safe_dump(new).splitlines()[0]}"])

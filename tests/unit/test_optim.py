@@ -17,7 +17,8 @@ from medtl_dist.train.optim import balanced_class_weights, create_optimizer, los
 
 def _factors(schedule: Schedule, steps_per_epoch: int, epochs: int) -> list[float]:
     return [
-        lr_factor(schedule, step=s, steps_per_epoch=steps_per_epoch, epochs=epochs) for s in range(steps_per_epoch * epochs)
+        lr_factor(schedule, step=s, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        for s in range(steps_per_epoch * epochs)
     ]
 
 

@@ -1,0 +1,35 @@
+"""From the command line to Ray, in the order that Ray needs: its environment first, its import second."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from medtl_dist.config import Config
+
+
+def launch_training(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
+    """Train on Ray; see :func:`cluster.train.train_on_ray` for what it does and raises."""
+    set_environment(own_cluster=config.cluster.address is None and "RAY_ADDRESS" not in os.environ)
+    from cluster.train import train_on_ray  # Ray reads the variables above when it is imported, and not again
+
+    train_on_ray(config, run_folder, open_test=open_test)
+
+
+def set_environment(*, own_cluster: bool) -> None:
+    """Set what Ray reads at import; whatever the user has set stays.
+
+    A cluster of our own gets token authentication with a token that only this user can read and that ends with the
+    process: its jobs API runs code for whoever reaches it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a hospital's jobs leaves it unasked
+    if own_cluster and "RAY_AUTH_MODE" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="medtl-token-"))  # mode 0700
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+        os.environ["RAY_AUTH_MODE"] = "token"

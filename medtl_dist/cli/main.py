@@ -1,0 +1,73 @@
+"""`medtl`: the commands, and how their errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+import typer
+
+from medtl_dist import __version__
+from medtl_dist.cli.data import app as data_app
+from medtl_dist.cli.demo import demo
+from medtl_dist.cli.report import report
+from medtl_dist.cli.train import evaluate, train
+from medtl_dist.errors import MedtlError
+
+app = typer.Typer(
+    name="medtl",
+    help="Distributed transfer learning for medical image classification.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+app.command()(train)
+app.command()(evaluate)
+app.command()(report)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
+    if version:
+        typer.echo(f"medtl_dist {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, or what DESIGN's table says of the error it printed."""
+    try:
+        code = app(args=arguments, prog_name="medtl", standalone_mode=False)
+    except MedtlError as error:
+        for line in error.message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone (`medtl … | head`)
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug of medtl_dist; please report it with the lines above.", file=sys.stderr)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`medtl train` and `medtl evaluate`: parse, call the library, print."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medtl_dist.cli.follow import following
+from medtl_dist.config import Config, load_config
+from medtl_dist.errors import Interrupted, UserError
+from medtl_dist.report.build import build_report
+from medtl_dist.run import Folder, LocalRun
+from medtl_dist.train import results
+from medtl_dist.train.loop import fit
+from medtl_dist.train.rescore import evaluate_run
+from medtl_dist.train.run_folder import default_run_folder, opened_run_folder
+
+Preset = Annotated[str | None, typer.Option("--preset", help="Named config: resnet101, resnet101_head, classic, …")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; wins over the preset.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; wins over both. Repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")]
+
+
+def train(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; made if missing.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir if it holds one.")] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Score the test split once at the end; the ledger counts it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a shard set, in this process or with Ray Train workers.
+
+    Example: medtl train --preset resnet101 --set data.shards=my_set --set cluster.num_workers=2 --run-dir runs/first
+    """
+    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
+
+
+def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool = False) -> dict[str, Any]:
+    """Train in ``run_dir``, write the report, print the outcome and return the results."""
+    config = _with_absolute_paths(config)
+    run_dir = run_dir.absolute()
+    with opened_run_folder(run_dir, config, resume=resume) as folder:
+        place = Folder.local(folder)
+        done = place.exists("results.json")
+        if not done or (test and "test" not in results.read_results(place)["splits"]):
+            with following(folder):
+                _train_somewhere(config, folder, test=test)
+        report_path = build_report(folder)
+    outcome = results.read_results(place)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+    else:
+        if done:
+            typer.echo(f"{run_dir} had already finished.", err=True)
+        print_outcome(outcome, report_path)
+    return outcome
+
+
+def _train_somewhere(config: Config, folder: Path, *, test: bool) -> None:
+    if config.cluster.num_workers > 0:
+        from cluster.launch import launch_training  # Ray is imported only where it is used
+
+        launch_training(config, folder, open_test=test)
+        return
+    run = LocalRun(Folder.local(folder))
+    run.stop_on_signals()
+    try:
+        fit(config, run, open_test=test)
+    except Interrupted as error:
+        if run.received == signal.SIGINT:
+            typer.echo(error.message, err=True)
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        run.forget_signals()
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    split: Annotated[str, typer.Option("--split", help="val or test; scoring test is counted in the ledger.")] = "val",
+    as_json: AsJson = False,
+) -> None:
+    """Score a split with a finished run's best checkpoint; the threshold stays the one fixed on val.
+
+    Example: medtl evaluate runs/first --split test
+    """
+    if split not in ("val", "test"):
+        raise UserError(f"--split {split}: expected val or test.")
+    run_dir = run_dir.absolute()
+    entry = evaluate_run(LocalRun(Folder.local(run_dir)), split)
+    report_path = build_report(run_dir)
+    if as_json:
+        typer.echo(json.dumps(entry))
+        return
+    print_outcome(results.read_results(Folder.local(run_dir)), report_path)
+
+
+def print_outcome(outcome: dict[str, Any], report_path: Path) -> None:
+    """The few lines that a user reads at the end."""
+    for split, entry in outcome["splits"].items():
+        typer.echo(f"{split:5} {describe_auc(entry)}; {describe_size(entry)}")
+    typer.echo(
+        f"model {outcome['model']['backbone']}, {outcome['model']['weights']}; best epoch {outcome['best_epoch']}"
+    )
+    openings = outcome.get("test_openings")
+    if openings:
+        typer.echo(
+            f"test  opened {openings['count']} time{'s' if openings['count'] != 1 else ''} "
+            f"by {openings['configurations']} configuration{'s' if openings['configurations'] != 1 else ''}"
+        )
+    for caution in outcome["cautions"]:
+        typer.echo(f"note  {caution}")
+    typer.echo(f"report {report_path}")
+
+
+def describe_auc(entry: dict[str, Any]) -> str:
+    """``AUC 0.973 [0.961, 0.981] (how the interval was made)``, or why there is none."""
+    if entry["auc"] is None:
+        return f"AUC undefined ({entry['auc_undefined']})"
+    text = f"AUC {entry['auc']:.3f}"
+    if entry["auc_ci"] is not None:
+        text += f" [{entry['auc_ci'][0]:.3f}, {entry['auc_ci'][1]:.3f}]"
+    if entry.get("ci_method"):
+        text += f" ({entry['ci_method']})"
+    if entry.get("ci_warning"):
+        text += f"; {entry['ci_warning']}"
+    return text
+
+
+def describe_size(entry: dict[str, Any]) -> str:
+    groups = "" if entry.get("n_groups") is None else f" of {entry['n_groups']} patients"
+    what = "patients" if entry.get("unit") == "patient" else f"images{groups}"
+    return f"{entry['n']} {what}"
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers run in another folder: every path is made absolute here."""
+    data, model = config.data, config.model
+    if data.shards is not None:
+        data = data.model_copy(update={"shards": str(Path(data.shards).expanduser().absolute())})
+    if model.weights not in ("imagenet", "random"):
+        model = model.model_copy(update={"weights": str(Path(model.weights).expanduser().absolute())})
+    return config.model_copy(update={"data": data, "model": model})

@@ -1,0 +1,222 @@
+"""manifest ─► stored images: one image per task in worker processes, results in the order asked for.
+
+The window of unfinished tasks is bounded, and so is memory. Which worker does what never shows in the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from medtl_dist.data.images import (
+    MAX_PIXELS,
+    Encoding,
+    UnreadableImage,
+    encode,
+    is_grey,
+    read_image,
+    shrink,
+    to_channels,
+)
+from medtl_dist.errors import Interrupted
+
+# Below this many images the start of processes costs more than it saves.
+_MIN_FOR_PROCESSES = 64
+
+
+class Picture(NamedTuple):
+    """Where the pixels of one image are: a file, or ``row`` of an array in an ``.npy`` file (-1: no array)."""
+
+    file: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are stored. ``channels`` 1 or 3; with ``only_grey`` an image in colour is a finding, not converted."""
+
+    image_size_px: int | None
+    channels: int
+    only_grey: bool
+    encoding: Encoding
+    max_pixels: int = MAX_PIXELS
+
+
+class Stored(NamedTuple):
+    """An encoded image: its bytes, their sha256 (32 bytes) and its shape."""
+
+    data: bytes
+    sha256: bytes
+    width: int
+    height: int
+    channels: int
+
+
+class Failure(NamedTuple):
+    """An image that cannot be stored, and why."""
+
+    reason: str
+
+
+class Coloured(NamedTuple):
+    """An image in colour where only grey was expected."""
+
+
+class Look(NamedTuple):
+    """What one image would be: its short side after shrinking, and whether it is grey."""
+
+    short_side_px: int
+    grey: bool
+
+
+Result = Stored | Failure | Coloured
+_Work = Callable[[Sequence[Picture], Recipe], Sequence[Any]]
+
+
+def store(picture: Picture, recipe: Recipe) -> Result:
+    """Read, shrink, convert and encode one image. Never raises for a bad image: the result says why."""
+    try:
+        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+        if recipe.only_grey and not is_grey(image):
+            return Coloured()
+        image = to_channels(image, recipe.channels)
+        data = encode(image, recipe.encoding)
+    except UnreadableImage as bad:
+        return Failure(bad.reason)
+    return Stored(data, hashlib.sha256(data).digest(), image.shape[1], image.shape[0], recipe.channels)
+
+
+def look(picture: Picture, recipe: Recipe) -> Look | None:
+    """Look at one image without storing it; None if it is unreadable."""
+    try:
+        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+    except UnreadableImage:
+        return None
+    return Look(min(image.shape[:2]), is_grey(image))
+
+
+def _pixels(picture: Picture, image_size_px: int | None, max_pixels: int) -> NDArray[np.uint8]:
+    if picture.row < 0:
+        return read_image(picture.file, image_size_px=image_size_px, max_pixels=max_pixels)
+    return np.array(_array(picture.file)[picture.row])
+
+
+@functools.lru_cache(maxsize=1)
+def _array(file: str) -> NDArray[np.uint8]:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _store_all(pictures: Sequence[Picture], recipe: Recipe) -> list[Result]:
+    return [store(picture, recipe) for picture in pictures]
+
+
+def _look_all(pictures: Sequence[Picture], recipe: Recipe) -> list[Look | None]:
+    return [look(picture, recipe) for picture in pictures]
+
+
+class Workers:
+    """A pool for one pack: ``store`` and ``look`` over many images, in order, with a bounded window.
+
+    One worker, or few images, means this process. Use ``open_workers``.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor | None, num_workers: int) -> None:
+        self._pool = pool
+        self._window = 4 * num_workers
+
+    def store(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Result]:
+        # Whole images at native size can be large: fewer per task then, as results wait in memory for their turn.
+        size = 8 if recipe.image_size_px is not None or recipe.encoding == "png" else 2
+        return self._ordered(_store_all, pictures, recipe, size)
+
+    def look(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Look | None]:
+        return self._ordered(_look_all, pictures, recipe, 8)
+
+    def _ordered(self, work: _Work, pictures: Iterable[Picture], recipe: Recipe, size: int) -> Generator[Any]:
+        if self._pool is None:
+            for picture in pictures:
+                yield from work([picture], recipe)
+            return
+        waiting: deque[Future] = deque()
+        try:
+            for chunk in _chunks(pictures, size):
+                waiting.append(self._pool.submit(work, chunk, recipe))
+                if len(waiting) >= self._window:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise Interrupted(
+                "a packing process died, most likely for want of memory: run the command again with fewer --workers"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    chunk: list[Picture] = []
+    for picture in pictures:
+        chunk.append(picture)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def open_workers(num_workers: int, num_images: int) -> Iterator[Workers]:
+    """Start the processes, and end them whatever happens."""
+    if num_workers <= 1 or num_images < _MIN_FOR_PROCESSES:
+        with _one_thread():
+            yield Workers(None, 1)
+        _array.cache_clear()  # else the mapped file would keep its disk space
+        return
+    # spawn: Arrow has threads in this process, and a fork would copy their locks.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield Workers(pool, num_workers)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Pool workers hold both ends of their queue, so a killed parent would leave them waiting for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,284 @@
+"""shards ─► order of samples: who reads what, and when, as arithmetic on the per-shard counts alone.
+
+Training (``train_plan``). P lanes, P the largest divisor of the global batch B that is ≤ ``max_lanes``; b = B / P::
+
+    runs    consecutive pieces of ≤ run_length samples of one shard, as equal as they can be
+    order   the runs permuted by (seed, epoch), laid end to end: N positions; the ring is then turned by a seeded
+            offset, so what the cut leaves out differs between epochs even where there is a single run
+    steps   S = N // B; lane p owns the positions [p·S·b, (p+1)·S·b); the rest, fewer than B, is left out this epoch
+    window  two runs of a lane, permuted by (seed, epoch, lane, window): what a reader holds in memory
+    step s  of every lane its samples [s·b, (s+1)·b); rank r of W ≤ P reads the lanes [r·P//W, (r+1)·P//W)
+
+So step s holds the same samples in the same order at every world size (parts joined in lane order), all ranks make
+equally many steps, and nothing here grows with the number of samples, only with the number of runs.
+
+Evaluation (``eval_plan``): batches of consecutive samples in index order, each sample once, whoever reads them.
+
+Randomness is Philox4x64-10 (Salmon et al., SC 2011), keyed by (seed, epoch) and counted by (purpose, lane, window).
+Only its raw 64-bit output is used, sorted to give permutations: NumPy promises that output to be the same in every
+version (NEP 19), which it does not of ``Generator.permutation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medtl_dist.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+
+MAX_LANES = 64
+RUN_SAMPLES = 128
+RUN_BYTES = 2 * 2**20
+RUNS_PER_WINDOW = 2
+
+# Word 3 of Philox's counter: streams of different purpose never meet.
+_RUN_ORDER, _TURN, _WINDOW = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples ``[start, stop)`` of the shard at position ``shard`` among the split's shards."""
+
+    shard: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """One training epoch. ``_shard, _start`` (of each piece) and ``_edge`` (its first position; one longer, ends
+    with N) describe the turned ring of runs; the rest follows from them."""
+
+    num_samples: int
+    num_steps: int
+    global_batch_size: int
+    num_lanes: int
+    run_length: int
+    seed: int
+    epoch: int
+    _shard: IntArray
+    _start: IntArray
+    _edge: IntArray
+
+    @property
+    def lane_batch(self) -> int:
+        """Samples of one lane per step: b = B / P."""
+        return self.global_batch_size // self.num_lanes
+
+    @property
+    def num_left_out(self) -> int:
+        """Samples that this epoch does not use; always fewer than the global batch."""
+        return self.num_samples - self.num_steps * self.global_batch_size
+
+    def lanes_of(self, rank: int, world_size: int) -> range:
+        """The lanes that a rank reads: contiguous, never none, their numbers differing by at most one.
+
+        Raises: UserError, more ranks than lanes.
+        """
+        _check_rank(rank, world_size)
+        check_world_size(self.num_lanes, world_size, self.global_batch_size)
+        return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
+
+    def windows(self, lane: int, start_step: int = 0) -> Iterator[tuple[list[Piece], IntArray]]:
+        """The lane's windows from ``start_step`` on, lazily: the pieces to read, and the order in which to use their
+        samples (int64, places in the pieces laid end to end; the first window's without the samples of earlier steps).
+        """
+        if not 0 <= lane < self.num_lanes:
+            raise ValueError(f"lane {lane} of {self.num_lanes}")
+        if not 0 <= start_step <= self.num_steps:
+            raise ValueError(f"start_step {start_step} of {self.num_steps}")
+        size = self.num_steps * self.lane_batch
+        low, high = lane * size, (lane + 1) * size
+        first = int(np.searchsorted(self._edge, low, side="right")) - 1
+        last = int(np.searchsorted(self._edge, high, side="left"))
+        skip = start_step * self.lane_batch
+        for window, begin in enumerate(range(first, last, RUNS_PER_WINDOW)):
+            end = min(begin + RUNS_PER_WINDOW, last)
+            length = min(int(self._edge[end]), high) - max(int(self._edge[begin]), low)
+            if skip >= length:
+                skip -= length
+                continue
+            pieces = [self._piece(position, low, high) for position in range(begin, end)]
+            order = _permutation(length, self.seed, self.epoch, (_WINDOW, lane, window))
+            yield pieces, order[skip:]
+            skip = 0
+
+    def samples(self, lane: int, start_step: int = 0) -> Iterator[tuple[int, int]]:
+        """The lane's samples in order as (shard, row within the shard), from ``start_step`` on."""
+        for pieces, order in self.windows(lane, start_step):
+            flat = [(piece.shard, row) for piece in pieces for row in range(piece.start, piece.stop)]
+            for place in order.tolist():
+                yield flat[place]
+
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """The (shard, row) of one step of one rank, in order. Seeks: meant for tests and inspection."""
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} of {self.num_steps}")
+        found: list[tuple[int, int]] = []
+        for lane in self.lanes_of(rank, world_size):
+            samples = self.samples(lane, step)
+            found += [next(samples) for _ in range(self.lane_batch)]
+        return found
+
+    def _piece(self, position: int, low: int, high: int) -> Piece:
+        edge = int(self._edge[position])
+        start = int(self._start[position])
+        cut_low = max(low - edge, 0)
+        cut_high = min(int(self._edge[position + 1]), high) - edge
+        return Piece(int(self._shard[position]), start + cut_low, start + cut_high)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalPlan:
+    """Every sample once, in batches of consecutive samples that depend on neither ranks nor loader workers."""
+
+    num_samples: int
+    batch_size: int
+    _edge: IntArray
+
+    @property
+    def num_batches(self) -> int:
+        """U = ceil(N / batch_size); the last batch may be short."""
+        return -(-self.num_samples // self.batch_size)
+
+    def batches_of(self, rank: int, world_size: int) -> range:
+        """The rank's contiguous share of the batches; empty where there are more ranks than batches."""
+        _check_rank(rank, world_size)
+        return range(rank * self.num_batches // world_size, (rank + 1) * self.num_batches // world_size)
+
+    def batch(self, number: int) -> list[Piece]:
+        """The samples of one batch, in index order."""
+        if not 0 <= number < self.num_batches:
+            raise ValueError(f"batch {number} of {self.num_batches}")
+        low = number * self.batch_size
+        high = min(low + self.batch_size, self.num_samples)
+        pieces = []
+        # side="right" steps over empty shards, whose edges coincide.
+        shard = int(np.searchsorted(self._edge, low, side="right")) - 1
+        while low < high:
+            stop = min(int(self._edge[shard + 1]), high)
+            if stop > low:
+                edge = int(self._edge[shard])
+                pieces.append(Piece(shard, low - edge, stop - edge))
+                low = stop
+            shard += 1
+        return pieces
+
+
+def train_plan(
+    shard_counts: Sequence[int] | IntArray,
+    *,
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    max_lanes: int = MAX_LANES,
+    run_length: int = RUN_SAMPLES,
+) -> EpochPlan:
+    """The order of one training epoch over shards of the given numbers of samples.
+
+    Raises: UserError, fewer samples than one global batch.
+    """
+    counts = _counts(shard_counts)
+    if min(seed, epoch) < 0 or run_length < 1:
+        raise ValueError(f"seed {seed} and epoch {epoch} must be ≥ 0, run_length {run_length} ≥ 1")
+    num_lanes = lanes_for(global_batch_size, max_lanes)
+    num_samples = int(counts.sum())
+    num_steps = num_samples // global_batch_size
+    if num_steps == 0:
+        raise UserError(
+            f"{num_samples} training samples are fewer than data.global_batch_size = {global_batch_size}: "
+            f"lower data.global_batch_size to at most {num_samples}, or pack more images"
+            if num_samples
+            else "the training split is empty: pack a set that has training images"
+        )
+    shard, start, length = _runs(counts, run_length)
+    order = _permutation(len(length), seed, epoch, (_RUN_ORDER, 0, 0))
+    shard, start, length = shard[order], start[order], length[order]
+    # Turn the ring inside its first run: the run's head goes to the end.
+    turn = _raw(1, seed, epoch, (_TURN, 0, 0)).item() % int(length[0])
+    if turn:
+        shard, start, length = np.append(shard, shard[0]), np.append(start, start[0]), np.append(length, turn)
+        start[0] += turn
+        length[0] -= turn
+    edge = np.concatenate([np.zeros(1, np.int64), np.cumsum(length)])
+    return EpochPlan(num_samples, num_steps, global_batch_size, num_lanes, run_length, seed, epoch, shard, start, edge)
+
+
+def eval_plan(shard_counts: Sequence[int] | IntArray, batch_size: int) -> EvalPlan:
+    """Batches of ``batch_size`` consecutive samples over the shards, in index order."""
+    counts = _counts(shard_counts)
+    if batch_size < 1:
+        raise UserError(f"an evaluation batch of {batch_size} samples is impossible: give 1 or more")
+    return EvalPlan(int(counts.sum()), batch_size, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+
+
+def lanes_for(global_batch_size: int, max_lanes: int = MAX_LANES) -> int:
+    """P: the largest divisor of the global batch that is ≤ ``max_lanes``. Raises: UserError, either is below 1."""
+    if global_batch_size < 1 or max_lanes < 1:
+        raise UserError(
+            f"data.global_batch_size = {global_batch_size} with data.lanes = {max_lanes} is impossible: "
+            "both must be 1 or more"
+        )
+    return next(lanes for lanes in range(min(max_lanes, global_batch_size), 0, -1) if global_batch_size % lanes == 0)
+
+
+def check_world_size(num_lanes: int, world_size: int, global_batch_size: int) -> None:
+    """Raises: UserError, more ranks than lanes: some rank would have nothing to read."""
+    if world_size > num_lanes:
+        raise UserError(
+            f"{world_size} workers are more than the {num_lanes} lanes of data.global_batch_size = {global_batch_size} "
+            f"(its largest divisor within data.lanes): use at most {num_lanes} workers, make data.global_batch_size "
+            f"a multiple of {world_size}, or raise data.lanes"
+        )
+
+
+def run_length_for(num_samples: int, mean_sample_bytes: float, num_lanes: int) -> int:
+    """Samples per run: as many as fit in 2 MiB, at most 128, and few enough that a lane spans several runs.
+
+    Long runs make few, large reads; short ones a better shuffle. A small set is read cheaply anyhow, so there
+    each lane gets at least about 8 runs. Depends on the set and the global batch alone, never on the world size.
+    """
+    by_bytes = int(RUN_BYTES / max(mean_sample_bytes, 1.0))
+    return max(1, min(RUN_SAMPLES, by_bytes, num_samples // (8 * num_lanes)))
+
+
+def _runs(counts: IntArray, run_length: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Shard, first row and length (int64 [runs] each) of every run: each shard cut into the fewest runs, equal ±1."""
+    num_runs = -(-counts // run_length)
+    shard = np.repeat(np.arange(len(counts), dtype=np.int64), num_runs)
+    number = np.arange(len(shard), dtype=np.int64) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
+    start = number * counts[shard] // num_runs[shard]
+    stop = (number + 1) * counts[shard] // num_runs[shard]
+    return shard, start, stop - start
+
+
+def _raw(count: int, seed: int, epoch: int, stream: tuple[int, int, int]) -> npt.NDArray[np.uint64]:
+    """uint64 [count]: raw Philox output of the stream (purpose, lane, window) under the key (seed, epoch)."""
+    purpose, lane, window = stream
+    # Word 0 counts the blocks within a stream, so streams that differ in another word cannot overlap.
+    counter = np.array([0, window, lane, purpose], np.uint64)
+    return np.random.Philox(counter=counter, key=np.array([seed, epoch], np.uint64)).random_raw(count)
+
+
+def _permutation(count: int, seed: int, epoch: int, stream: tuple[int, int, int]) -> IntArray:
+    return np.argsort(_raw(count, seed, epoch, stream), kind="stable").astype(np.int64, copy=False)
+
+
+def _counts(shard_counts: Sequence[int] | IntArray) -> IntArray:
+    counts = np.asarray(shard_counts, dtype=np.int64).reshape(-1)
+    if (counts < 0).any():
+        raise ValueError("negative number of samples in a shard")
+    return counts
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")

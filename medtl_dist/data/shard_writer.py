@@ -1,0 +1,205 @@
+"""stored images ─► shards/*.tar + index.parquet: the writing side of the format in ``data/shards.py``.
+
+Bytes depend on the samples alone: USTAR headers without owner or time, a fixed order, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medtl_dist.data.encoding import Stored
+from medtl_dist.data.shards import DATASET_FILE, INDEX_FIELDS, INDEX_FILE
+
+MAX_SHARD_SAMPLES = 1000
+MAX_SHARD_BYTES = 64 * 2**20
+# Enough shards for ranks and loader workers to share, even of a small set.
+MIN_SHARDS = 8
+
+
+class Facts(NamedTuple):
+    """What is written about one image beside its pixels. ``kept``: the kept columns."""
+
+    key: bytes
+    group: str
+    label: int
+    class_name: str
+    domain: str | None
+    kept: Mapping[str, Any]
+
+
+def samples_per_shard(num_samples: int) -> int:
+    """The most samples a shard of a split may have: at most 1,000, and few enough for 8 shards, but at least 8.
+
+    Shards also end at 64 MiB, so that large images make shards of fewer samples.
+    """
+    most = min(MAX_SHARD_SAMPLES, max(MIN_SHARDS, math.ceil(num_samples / MIN_SHARDS)))
+    num_shards = max(1, math.ceil(num_samples / most))
+    return math.ceil(num_samples / num_shards) or 1  # shards of about equal size
+
+
+class SetWriter:
+    """Writes one set, split by split in sorted order: ``add`` per image, ``end_split``, then ``finish``."""
+
+    def __init__(self, folder: Path, kept: pa.Schema, extension: str) -> None:
+        self._folder = folder
+        self._schema = pa.schema([*INDEX_FIELDS, *kept])
+        self._extension = extension
+        self._index = pq.ParquetWriter(
+            folder / INDEX_FILE, self._schema, compression="zstd", write_page_checksum=True, store_schema=False
+        )
+        self._shard: _Tar | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._listed: list[dict[str, Any]] = []
+        self._split = ""
+        self._most = MAX_SHARD_SAMPLES
+
+    def begin_split(self, split: str, num_samples: int) -> None:
+        """``num_samples``: how many will come, at most."""
+        self._split, self._most, self._listed = split, samples_per_shard(num_samples), []
+
+    def add(self, facts: Facts, image: Stored) -> None:
+        """Append one sample; a full shard is closed and its rows go into the index as one row group."""
+        key = facts.key.hex()
+        if self._shard is None:
+            self._shard = _Tar(self._folder / f"{self._split}-{len(self._listed):06d}.tar")
+        offset = self._shard.add(f"{key}.{self._extension}", image.data)
+        kept = {name: _plain(value) for name, value in facts.kept.items()}
+        described = {"class": facts.class_name, "label": facts.label, **kept}
+        text = json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        self._shard.add(f"{key}.json", text.encode("utf-8"))
+        self._rows.append(
+            {
+                "key": facts.key,
+                "sha256": image.sha256,
+                "split": self._split,
+                "domain": facts.domain,
+                "label": facts.label,
+                "group": facts.group,
+                "shard": self._shard.name,
+                "offset": offset,
+                "size": len(image.data),
+                "width": image.width,
+                "height": image.height,
+                "channels": image.channels,
+                **kept,
+            }
+        )
+        if len(self._rows) >= self._most or self._shard.length >= MAX_SHARD_BYTES:
+            self._close_shard()
+
+    def end_split(self) -> list[dict[str, Any]]:
+        """The split's shards for ``dataset.json``."""
+        self._close_shard()
+        return self._listed
+
+    def _close_shard(self) -> None:
+        if self._shard is None:
+            return
+        length, sha256 = self._shard.close()
+        entry = {"name": self._shard.name, "samples": len(self._rows), "bytes": length, "sha256": sha256}
+        self._listed.append(entry)
+        self._index.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
+        self._shard, self._rows = None, []
+
+    def finish(self) -> dict[str, Any]:
+        """Close the index; its entry for ``dataset.json``."""
+        self._index.close()
+        path = self._folder / INDEX_FILE
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        return {"name": INDEX_FILE, "bytes": path.stat().st_size, "sha256": digest}
+
+    def abandon(self) -> None:
+        """Let go of open files; what was written is for the caller to remove."""
+        if self._shard is not None:
+            self._shard.close()
+        self._index.close()
+
+
+def write_dataset_file(folder: Path, info: Mapping[str, Any]) -> None:
+    """Write ``dataset.json``, the last file of a set, and make it and the folder durable."""
+    with (folder / DATASET_FILE).open("w", encoding="utf-8", newline="\n") as file:
+        json.dump(info, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN; in a table it means missing.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Tar:
+    """A tar being written, its sha256 taken on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._file = _HashingFile(path)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    @property
+    def length(self) -> int:
+        return self._file.tell()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its data."""
+        member = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, no names, mode 0644
+        member.size = len(data)
+        offset = self._file.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(member, io.BytesIO(data))
+        return offset
+
+    def close(self) -> tuple[int, str]:
+        """End the archive durably: its length and hexadecimal sha256."""
+        self._tar.close()
+        return self._file.finish()
+
+
+class _HashingFile(io.RawIOBase):
+    """A file that can only be appended to, and knows its hash."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self._length = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._file.write(data)
+        self._hash.update(data)
+        self._length += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._length
+
+    def finish(self) -> tuple[int, str]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._length, self._hash.hexdigest()

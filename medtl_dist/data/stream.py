@@ -1,0 +1,136 @@
+"""shards ─► batches: uint8 tensors in the order of the plan, for one rank; normalising them is the device's work.
+
+``train_batches`` and ``eval_batches`` are the whole interface; a ``Loader`` made once per run keeps its processes over
+passes. Time spent waiting for data is the time of ``next()``, the caller's to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from medtl_dist.data.loader import Images, Loader
+from medtl_dist.data.plan import MAX_LANES, lanes_for, run_length_for
+from medtl_dist.data.reader import EvalPass, TrainPass
+from medtl_dist.data.shards import Dataset
+from medtl_dist.data.transforms import EvalTransform, TrainTransform
+from medtl_dist.data.worker import Part
+from medtl_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images``: uint8 [rows, C, S, S], C = 1 (grey) or 3 (RGB); ``labels``: int64 [num_real]; ``keys``: hex
+    [num_real]. In evaluation rows is the batch size, those from ``num_real`` on are zeros to drop, and ``groups`` and
+    ``domains`` are [num_real]; in training rows is the rank's share of the global batch and they are empty."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: list[str]
+    groups: list[str]
+    domains: list[str | None]
+
+    @property
+    def num_real(self) -> int:
+        """Samples in the batch, padding not counted."""
+        return len(self.keys)
+
+
+def train_batches(
+    dataset: Dataset,
+    split: str = "train",
+    *,
+    transform: TrainTransform,
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    max_lanes: int = MAX_LANES,
+    loader: Loader | None = None,
+    verify: bool = True,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """One rank's batches of one epoch, from ``start_step`` on; see ``data/plan.py`` for what they hold.
+
+    Step s is the same at every world size, loader workers or none. ``verify`` compares every image with its sha256.
+    Without a ``loader`` a thread of this process decodes.
+
+    Raises (at the call, or where said while iterating):
+        UserError: fewer samples than a global batch, more ranks than lanes, no such split.
+        DataError: a shard or image is missing or damaged (iterating).
+        Interrupted: a loader process was killed (iterating).
+    """
+    work = TrainPass(
+        dataset,
+        split,
+        transform,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        max_lanes=max_lanes,
+        run_length=run_length_of(dataset, split, global_batch_size, max_lanes),
+        verify=verify,
+    )
+    return _batches(work, loader, pin_memory)
+
+
+def eval_batches(
+    dataset: Dataset,
+    split: str,
+    *,
+    transform: EvalTransform,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    loader: Loader | None = None,
+    verify: bool = True,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """One rank's share of the split, every sample once over all ranks, in batches of one fixed shape.
+
+    The batches are the same at every world size, so a score does not depend on it. A rank may have none.
+
+    Raises (at the call, or where said while iterating):
+        UserError: an empty split, no such split, a batch size below 1.
+        DataError: a shard or image is missing or damaged (iterating).
+        Interrupted: a loader process was killed (iterating).
+    """
+    if not any(shard.samples for shard in dataset.shards(split)):
+        raise UserError(f"split {split!r} of {dataset.folder} is empty: nothing to evaluate; pack a set that fills it")
+    work = EvalPass(dataset, split, transform, batch_size, rank, world_size, verify)
+    return _batches(work, loader, pin_memory)
+
+
+def run_length_of(dataset: Dataset, split: str, global_batch_size: int, max_lanes: int = MAX_LANES) -> int:
+    """Samples per run for this set and global batch (see ``run_length_for``); recorded nowhere, since it follows."""
+    shards = dataset.shards(split)
+    num_samples = sum(shard.samples for shard in shards)
+    mean_bytes = sum(shard.bytes for shard in shards) / max(num_samples, 1)
+    return run_length_for(num_samples, mean_bytes, lanes_for(global_batch_size, max_lanes))
+
+
+def _batches(work: TrainPass | EvalPass, loader: Loader | None, pin_memory: bool) -> Iterator[Batch]:
+    made = (loader or Loader()).run(work)  # outside the generator: a user's mistake is told at the call
+    return (_batch(images, parts, pin_memory) for images, parts in made)
+
+
+def _batch(images: Images, parts: list[Part], pin_memory: bool) -> Batch:
+    """Joins the parts and copies the pixels out of the loader's slot."""
+    tensor = torch.empty(images.shape, dtype=torch.uint8, pin_memory=pin_memory)
+    np.copyto(tensor.numpy(), images)
+    labels = [label for part in parts for label in part.labels]
+    return Batch(
+        tensor,
+        torch.tensor(labels, dtype=torch.int64),
+        [key for part in parts for key in part.keys],
+        [group for part in parts for group in part.groups],
+        [domain for part in parts for domain in part.domains],
+    )

@@ -1,0 +1,115 @@
+"""batches → model: a torchvision backbone with grey or RGB input, a new head, and the weights it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from medtl_dist.errors import UserError
+from medtl_dist.models.grey import grey_conv
+from medtl_dist.models.normalise import Normalisation
+from medtl_dist.models.registry import BackboneSpec, names, native_normalisation, spec
+from medtl_dist.models.weights import find_weights, load_weights
+
+__all__ = ["BackboneSpec", "Created", "create_model", "names", "native_normalisation", "spec"]
+
+_HEAD_STREAM = 1 << 32  # the head's random numbers don't depend on how many the backbone drew
+
+
+@dataclass(frozen=True)
+class Created:
+    """A new model and where it comes from."""
+
+    model: nn.Module
+    spec: BackboneSpec
+    message: str  # one line for the user: weights, first convolution, head
+    weights: str  # "random initial weights" | "ImageNet weights FILE" | "weights file FILE"
+    weights_sha256: str | None  # of the weights file's bytes
+
+
+def create_model(
+    backbone: str,
+    *,
+    num_outputs: int,
+    in_channels: int,
+    weights: str,
+    normalisation: Normalisation,
+    zero_init_residual: bool = False,
+    seed: int,
+) -> Created:
+    """Build a classifier on the CPU in float32, in train mode, nothing frozen.
+
+    The model is torchvision's plain module with its tensor names: images float [batch, in_channels, height, width]
+    (normalised) → logits [batch, num_outputs]. With one channel its first convolution is a
+    `medtl_dist.models.grey.GreyConv2d`, equal at the start to the RGB network on replicated grey: each channel
+    normalised as the weights were when ``normalisation`` is the native one, else each by ``normalisation`` itself.
+
+    Args:
+        backbone: a name of `names`.
+        num_outputs: outputs of the head, a new ``nn.Linear`` unless the weights file has one of that size.
+        in_channels: 1 (grey) or 3 (RGB).
+        weights: "imagenet", "random", or the path of a .pth or .safetensors file.
+        normalisation: what the images will be normalised with, one value per input channel.
+        zero_init_residual: start the last norm of each residual branch at 0, so that each block starts as the identity
+            (random weights only).
+        seed: of the random initial values. The global random state is neither used nor changed.
+
+    Raises:
+        UserError: unknown backbone; weights that are missing or don't fit; ``zero_init_residual`` with weights.
+        ValueError: channels that don't match the normalisation.
+    """
+    chosen = spec(backbone)
+    if in_channels != normalisation.channels:
+        raise ValueError(f"normalisation has {normalisation.channels} channels, the images have {in_channels}")
+    if zero_init_residual and weights != "random":
+        raise UserError(
+            f"model.zero_init_residual=true would erase part of the weights given by model.weights={weights}; "
+            "it goes with model.weights=random, otherwise set it to false"
+        )
+    rgb, grey = _both_normalisations(chosen, normalisation)
+    file = find_weights(weights, chosen)
+    model = _random_model(chosen, num_outputs, zero_init_residual, seed)
+    if in_channels == 1:
+        first_conv = model.get_submodule(chosen.first_conv)
+        assert isinstance(first_conv, nn.Conv2d)
+        model.set_submodule(chosen.first_conv, grey_conv(first_conv, rgb, grey))
+    if file is None:
+        label, remarks = "random initial weights", [f"seed {seed}"]
+        if zero_init_residual:
+            remarks.append("residual branches start at zero")
+    else:
+        label, remarks = file.label, load_weights(model, chosen, file, rgb, grey)
+    message = "; ".join([f"{chosen.name}: {label}", *remarks])
+    return Created(model, chosen, message, label, None if file is None else file.sha256)
+
+
+def _random_model(chosen: BackboneSpec, num_outputs: int, zero_init_residual: bool, seed: int) -> nn.Module:
+    with _seeded(seed):
+        model = chosen.build()
+    with _seeded(seed + _HEAD_STREAM):
+        model.set_submodule(chosen.head, nn.Linear(chosen.feature_dim, num_outputs), strict=True)
+    if zero_init_residual:
+        for name in chosen.zero_init:
+            nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    return model
+
+
+def _both_normalisations(chosen: BackboneSpec, given: Normalisation) -> tuple[Normalisation, Normalisation]:
+    """The (RGB, grey) pair between which a first convolution is turned, whichever of the two the images have."""
+    if given.channels == 3:
+        return given, Normalisation((sum(given.mean) / 3,), (sum(given.std) / 3,))
+    if given == native_normalisation(chosen, 1):
+        return native_normalisation(chosen, 3), given
+    return Normalisation(given.mean * 3, given.std * 3), given
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed`` on the CPU; the caller's random state comes back afterwards, GPUs' states are not touched."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,183 @@
+"""`medtl train`, `evaluate` and `report` as a user types them, on a tiny packed set; every mistake is one line and a code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from medtl_dist.cli.main import run
+from medtl_dist.demo_data import write_demo_images
+
+_MEDTL = [sys.executable, "-m", "medtl_dist.cli.main"]
+_SMOKE = ["--preset", "smoke", "--set", "train.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of made-up radiographs, 40 patients."""
+    place = tmp_path_factory.mktemp("cli")
+    table = write_demo_images(place / "images", num_patients=40, seed=1, image_size_px=32)
+    command = ["data", "pack", str(table), "--out", str(place / "set"), "--group-col", "patient_id", "--domain-col", "domain"]
+    assert run([*command, "--keep-col", "view", "--split", "0.6,0.2,0.2", "--workers", "1"]) == 0
+    return place / "set"
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its test split opened once."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert run(["train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir", str(folder), "--test"]) == 0
+    return folder
+
+
+def test_a_run_leaves_the_whole_folder(trained: Path) -> None:
+    names = {entry.name for entry in trained.iterdir() if not entry.name.startswith(".")}
+    assert names == {
+        "checkpoints", "config.yaml", "events", "history.parquet", "log.jsonl", "predictions", "report.html", "results.json",
+    }  # fmt: skip
+    assert (trained / "report.html").stat().st_size > 10_000
+
+
+def test_reported_numbers_are_scikit_learns_on_the_predictions(trained: Path, shards: Path) -> None:
+    results = json.loads((trained / "results.json").read_text())
+    index = pq.read_table(shards / "index.parquet").to_pandas()
+    for split in ("val", "test"):
+        table = pq.read_table(trained / "predictions" / f"{split}.parquet").to_pandas()
+        expected_keys = [key.hex() for key in index[index.split == split].key]
+        assert table.key.tolist() == expected_keys  # every image, each once
+        entry = results["splits"][split]
+        assert entry["auc"] == pytest.approx(roc_auc_score(table.label, table.score_OPACITY), abs=1e-12)
+        expected_precision = average_precision_score(table.label, table.score_OPACITY)
+        assert entry["average_precision"] == pytest.approx(expected_precision, abs=1e-12)
+        assert entry["prevalence"] == pytest.approx(table.label.mean())
+        assert entry["n_groups"] == table.group.nunique()
+        np.testing.assert_allclose(table.score_OPACITY, 1 / (1 + np.exp(-table.logit_OPACITY)))
+        assert {"domain", "view"} <= set(table.columns)
+        predicted = table.score_OPACITY >= results["threshold"]["value"]
+        confusion = [[int(((table.label == t) & (predicted == p)).sum()) for p in (False, True)] for t in (0, 1)]
+        assert entry["confusion"] == confusion
+    assert results["test_openings"] == {"count": 1, "configurations": 1}
+    assert results["threshold"]["fixed_on"] == "val"
+
+
+def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path) -> None:
+    assert run(["train", "--config", str(trained / "config.yaml"), "--run-dir", str(tmp_path / "again")]) == 0
+    one, again = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (trained, tmp_path / "again"))
+    weights = load_file(one / "model.safetensors")
+    for name, tensor in load_file(again / "model.safetensors").items():
+        assert tensor.equal(weights[name]), name
+
+
+def test_evaluate_repeats_the_numbers_and_counts_the_opening(trained: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    before = json.loads((folder / "results.json").read_text())
+    for opening in (1, 2):
+        assert run(["evaluate", str(folder), "--split", "test"]) == 0
+        after = json.loads((folder / "results.json").read_text())
+        assert after["splits"] == before["splits"]
+        assert after["test_openings"] == {"count": opening, "configurations": 1}  # this folder has a ledger of its own
+    assert "AUC" in capsys.readouterr().out
+    assert run(["evaluate", str(folder)]) == 0
+    assert json.loads((folder / "results.json").read_text())["splits"]["val"] == before["splits"]["val"]
+
+
+def _fails(arguments: list[str], code: int, *parts: str, capsys) -> None:
+    assert run(arguments) == code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in captured.err
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_an_existing_run_folder_is_refused(trained: Path, shards: Path, tmp_path: Path, capsys) -> None:
+    base = ["train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir"]
+    _fails([*base, str(trained)], 2, "already holds a run", "--resume", capsys=capsys)
+    _fails([*base, str(trained), "--resume", "--set", "optim.lr=0.5"], 2, "optim.lr: 0.01 -> 0.5", capsys=capsys)
+    (tmp_path / "other.txt").write_text("mine")
+    _fails([*base, str(tmp_path)], 2, "is not a run folder", capsys=capsys)
+    assert run([*base, str(trained), "--resume"]) == 0
+    assert "had already finished" in capsys.readouterr().err
+
+
+def test_bad_configs_and_inputs_name_themselves(shards: Path, tmp_path: Path, capsys) -> None:
+    base = ["train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir", str(tmp_path / "run")]
+    _fails([*base, "--set", "optim.learning_rate=1"], 2, "unknown key optim.learning_rate", "lr, momentum", capsys=capsys)
+    _fails([*base, "--set", f"data.shards={tmp_path / 'none'}"], 2, "none", capsys=capsys)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"not weights")
+    _fails([*base, "--set", f"model.weights={weights}"], 2, "weights.pth", capsys=capsys)
+    _fails(["evaluate", str(tmp_path / "none")], 2, "not a run folder", capsys=capsys)
+    _fails(["evaluate", str(tmp_path), "--split", "all"], 2, "val or test", capsys=capsys)
+
+
+def test_a_mistake_leaves_a_folder_that_the_corrected_command_can_use(shards: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    base = ["train", *_SMOKE, "--set", f"data.shards={shards}", "--set", "train.epochs=1", "--run-dir", str(folder)]
+    _fails([*base, "--set", "model.weights=absent.pth"], 2, "absent.pth", capsys=capsys)
+    assert run(base) == 0
+
+
+def test_a_truncated_shard_is_damage(shards: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "set"
+    shutil.copytree(shards, copy)
+    tar = sorted(copy.glob("train-*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:-2000])
+    command = ["train", *_SMOKE, "--set", f"data.shards={copy}", "--run-dir", str(tmp_path / "run")]
+    _fails(command, 3, tar.name, capsys=capsys)
+
+
+def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [*_MEDTL, "train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir", str(folder), "--resume", "--test"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and '"kind": "epoch"' in log.read_text()):  # the first epoch's checkpoint is committed
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "results.json").exists()
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    one, other = (json.loads((run / "results.json").read_text()) for run in (trained, folder))
+    assert one["splits"] == other["splits"]
+    newest = sorted((folder / "checkpoints").iterdir())[-1].name
+    weights = load_file(trained / "checkpoints" / newest / "model.safetensors")
+    for name, tensor in load_file(folder / "checkpoints" / newest / "model.safetensors").items():
+        assert tensor.equal(weights[name]), name
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_polite_stop_leaves_a_checkpoint_and_says_so(shards: Path, tmp_path: Path, number: int, code: int) -> None:
+    folder = tmp_path / "stopped"
+    command = [*_MEDTL, "train", *_SMOKE, "--set", f"data.shards={shards}", "--set", "train.epochs=2000"]
+    process = subprocess.Popen([*command, "--run-dir", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and '"kind": "epoch"' in log.read_text()):
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors
+    assert "--resume goes on" in errors
+    assert "Traceback" not in errors

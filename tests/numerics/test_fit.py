@@ -1,0 +1,241 @@
+"""Training against independent references: an undisturbed run, one process, one big batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from shard_sets import write_set
+from torch import nn
+
+from medtl_dist.config import Config, load_config
+from medtl_dist.data.shards import read_split
+from medtl_dist.errors import DataError, Interrupted, TrainingError, UserError
+from medtl_dist.run import Folder, LocalRun, Run, Signal
+from medtl_dist.train.evaluate import score_split
+from medtl_dist.train.loop import close_epoch, fit, train_epoch
+from medtl_dist.train.session import start
+
+_NUMBERS = ("epoch", "train_loss", "lr", "val_auc", "val_loss", "val_average_precision", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """26 training and 14 validation images, in several shards of unequal size."""
+    return write_set(tmp_path_factory.mktemp("fit") / "set", {"train": [11, 9, 6], "val": [9, 5], "test": [7]}).folder
+
+
+def _config(shards: str, *overrides: str) -> Config:
+    fixed = ("train.epochs=3", "train.threads=1", "optim.momentum=0.9", "schedule.name=cosine", "data.global_batch_size=6")
+    return load_config(preset="smoke", overrides=[f"data.shards={shards}", *fixed, *overrides])
+
+
+class _Killed(BaseException):
+    """What a SIGKILL leaves on disk: everything up to here, nothing after."""
+
+
+class _DyingRun(LocalRun):
+    """Dies in the report of an epoch, or is told to stop at the n-th poll."""
+
+    die_after_epoch: int | None = None
+    stop_at_poll: int | None = None
+    polls: int = 0
+
+    def report(self, metrics: Mapping[str, float | int | None]) -> None:
+        super().report(metrics)
+        if metrics["epoch"] == self.die_after_epoch:
+            raise _Killed
+
+    def poll(self) -> Signal:
+        self.polls += 1
+        if self.polls == self.stop_at_poll:
+            self.received = 15
+        return super().poll()
+
+
+def _run(folder: Path, rank: int, world_size: int) -> _DyingRun:
+    return _DyingRun(Folder.local(folder), torch.device("cpu"), rank=rank, world_size=world_size, local_rank=rank)
+
+
+def _three_histories(rank: int, world_size: int, config: Config, folder: str) -> None:
+    """The same run undisturbed, killed after its first epoch and resumed, and stopped within an epoch and resumed."""
+    assert isinstance(_run(Path(folder), rank, world_size), Run)
+    fit(config, _run(Path(folder) / "whole", rank, world_size))
+    killed = _run(Path(folder) / "killed", rank, world_size)
+    killed.die_after_epoch = 0
+    with pytest.raises(_Killed):
+        fit(config, killed)
+    fit(config, _run(Path(folder) / "killed", rank, world_size))
+    stopped = _run(Path(folder) / "stopped", rank, world_size)
+    stopped.stop_at_poll = 1  # after step 5, the first of epoch 1
+    with pytest.raises(Interrupted):
+        fit(config, stopped)
+    fit(config, _run(Path(folder) / "stopped", rank, world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(shards: str, tmp_path: Path, world_size: int) -> None:
+    config = _config(shards)
+    if world_size == 1:
+        _three_histories(0, 1, config, str(tmp_path))
+    else:
+        run_ranks(world_size, _three_histories, config, str(tmp_path))
+    whole = tmp_path / "whole"
+    weights = load_file(whole / "checkpoints" / "00000012" / "model.safetensors")
+    history = pq.read_table(whole / "history.parquet").select(_NUMBERS)
+    assert history.num_rows == 3
+    for name in ("killed", "stopped"):
+        other = tmp_path / name
+        again = load_file(other / "checkpoints" / "00000012" / "model.safetensors")
+        assert again.keys() == weights.keys()
+        for key, tensor in weights.items():
+            assert torch.equal(again[key], tensor), f"{name}: {key}"
+        assert pq.read_table(other / "history.parquet").select(_NUMBERS) == history
+        assert pq.read_table(other / "predictions" / "val.parquet") == pq.read_table(whole / "predictions" / "val.parquet")
+        entries = [json.loads((run / "results.json").read_text())["splits"] for run in (whole, other)]
+        assert entries[0] == entries[1]
+
+
+def _scores(rank: int, world_size: int, config: Config, folder: str) -> dict[str, list[float]] | None:
+    session = start(config, _run(Path(folder), rank, world_size))
+    session.loader.close()
+    session.journal.close()
+    predictions = score_split(session.scorer, session.dataset, "val", rank=rank, world_size=world_size)
+    if predictions is None:
+        return None
+    return dict(zip(predictions.keys, predictions.outputs.tolist(), strict=True))
+
+
+def test_a_checkpoint_scores_alike_at_every_world_size(shards: str, tmp_path: Path) -> None:
+    config = _config(shards, "train.epochs=1")
+    fit(config, _run(tmp_path, 0, 1))
+    alone = _scores(0, 1, config, str(tmp_path))
+    assert alone is not None
+    assert len(alone) == 14
+    for world_size in (2, 3):
+        together = run_ranks(world_size, _scores, config, str(tmp_path))
+        assert together[0] == alone  # key by key, every bit
+        assert together[1:] == [None] * (world_size - 1)
+
+
+def _train_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
+    """One epoch with every BatchNorm in eval, so that an image's gradient does not depend on its neighbours."""
+    session = start(config, _run(Path(folder) / f"of-{world_size}-{config.sha256()[:6]}", rank, world_size))
+    for module in session.network.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+    train_epoch(session)
+    close_epoch(session, {"train_s": 1.0, "images_per_s": 1.0, "data_wait_fraction": 0.0})
+    session.loader.close()
+    session.journal.close()
+    weights = {name: t.detach().numpy().copy() for name, t in session.network.model.state_dict().items()}
+    return weights | {"history": np.array([session.position.history[0][name] for name in ("train_loss", "val_loss")])}
+
+
+# fp32 sums in another order: gradients differ by about 1e-6 of the largest, and four steps of 0.01 carry that over.
+_TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
+
+
+def _assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_allclose(other[name], values, err_msg=name, **_TOLERANCE)
+
+
+@pytest.mark.parametrize("extra", [(), ("train.class_weights=balanced", "train.label_smoothing=0.1", "optim.clip_norm=1")])
+def test_several_ranks_train_as_one_process_with_the_same_global_batch(shards: str, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    # 10 lanes on 3 ranks: 3, 3 and 4 images a step.
+    config = _config(shards, "data.global_batch_size=10", "train.epochs=1", *extra)
+    if "train.class_weights=balanced" in extra:
+        info = Path(shards) / "dataset.json"
+        text = info.read_text()
+        counts = json.loads(text)
+        counts["splits"]["train"]["classes"] = dict(zip(counts["classes"], (20, 6), strict=True))  # unequal weights
+        info.write_text(json.dumps(counts))
+    alone = _train_with_frozen_norms(0, 1, config, str(tmp_path))
+    together = run_ranks(3, _train_with_frozen_norms, config, str(tmp_path))
+    if "train.class_weights=balanced" in extra:
+        info.write_text(text)
+    _assert_alike(alone, together[0])
+    for rank in (1, 2):
+        for name, values in together[0].items():
+            assert np.array_equal(together[rank][name], values), name
+
+
+def test_accumulation_is_one_large_batch(shards: str, tmp_path: Path) -> None:
+    whole = _train_with_frozen_norms(0, 1, _config(shards, "train.epochs=1"), str(tmp_path))
+    parts = _train_with_frozen_norms(0, 1, _config(shards, "train.epochs=1", "train.accumulation_steps=3"), str(tmp_path))
+    _assert_alike(whole, parts)
+
+
+def test_bf16_trains_near_fp32(shards: str, tmp_path: Path) -> None:
+    exact = _train_with_frozen_norms(0, 1, _config(shards, "train.epochs=1"), str(tmp_path))
+    mixed = _train_with_frozen_norms(0, 1, _config(shards, "train.epochs=1", "train.precision=bf16"), str(tmp_path))
+    assert mixed["conv1.weight"].dtype == np.float32
+    # bf16 keeps 8 bits; its losses agree to about a percent.
+    np.testing.assert_allclose(mixed["history"], exact["history"], rtol=0.02)
+    assert not np.array_equal(mixed["fc.weight"], exact["fc.weight"])
+
+
+def test_early_stopping_and_the_best_epoch_come_from_the_history(shards: str, tmp_path: Path) -> None:
+    config = _config(shards, "train.epochs=9", "train.early_stop_epochs=1", "optim.lr=1e-9")
+    fit(config, _run(tmp_path, 0, 1))
+    results = json.loads((tmp_path / "results.json").read_text())
+    history = pq.read_table(tmp_path / "history.parquet").to_pylist()
+    assert results["stopped_early"] is True
+    assert len(history) == results["epochs_run"] < 9
+    aucs = [row["val_auc"] for row in history]
+    assert results["best_epoch"] == max(range(len(aucs)), key=lambda e: (aucs[e], -history[e]["val_loss"]))
+    assert [row["epoch"] for row in history if row["best"]] == [results["best_epoch"]]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_keys(shards: str, tmp_path: Path) -> None:
+    config = _config(shards, "optim.lr=1e30", "schedule.name=constant")
+    with pytest.raises(TrainingError, match=r"not finite in epoch 0, step \d \(images [0-9a-f]{32}"):
+        fit(config, _run(tmp_path, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.global_batch_size=64", "fewer"),
+        ("data.shards=nowhere", "nowhere"),
+        ("model.frozen_depth=6", "frozen_depth"),
+        ("model.weights=absent.pth", r"absent\.pth"),
+        ("model.backbone=resnet19", "resnet18"),
+        ("data.global_batch_size=1", "BatchNorm"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(shards: str, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        fit(_config(shards, override), _run(tmp_path, 0, 1))
+    assert "\n" not in caught.value.message
+
+
+def _meets_damage(rank: int, world_size: int, config: Config, folder: str) -> str:
+    with pytest.raises(DataError) as caught:
+        fit(config, _run(Path(folder), rank, world_size))
+    return caught.value.message
+
+
+def test_one_ranks_bad_image_stops_every_rank_with_its_name(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", {"train": [11, 9, 6], "val": [9, 5]})
+    row = read_split(dataset, "train", columns=["key", "shard", "offset", "size"]).to_pylist()[12]
+    with (tmp_path / "set" / row["shard"]).open("r+b") as tar:
+        tar.seek(row["offset"] + row["size"] // 2)
+        byte = tar.read(1)
+        tar.seek(-1, 1)
+        tar.write(bytes([byte[0] ^ 1]))
+    messages = run_ranks(2, _meets_damage, _config(dataset.folder), str(tmp_path / "run"))
+    assert messages[0] == messages[1]
+    assert row["key"].hex() in messages[0]
+    assert row["shard"] in messages[0]
