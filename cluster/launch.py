@@ -10,11 +10,24 @@ import tempfile
 from pathlib import Path
 
 from medtl_dist.config import Config
+from medtl_dist.errors import UserError
+from medtl_dist.train.setup import available_cpus
+
+_WORKERS_PER_CPU = 4
 
 
 def launch_training(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
     """Train on Ray; see :func:`cluster.train.train_on_ray` for what it does and raises."""
-    set_environment(own_cluster=config.cluster.address is None and "RAY_ADDRESS" not in os.environ)
+    own_cluster = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
+    if (
+        own_cluster
+        and config.cluster.num_workers * config.cluster.cpus_per_worker > _WORKERS_PER_CPU * available_cpus()
+    ):
+        raise UserError(
+            f"cluster.num_workers = {config.cluster.num_workers} on this machine's {available_cpus()} CPUs: at most "
+            f"{_WORKERS_PER_CPU} can share a CPU; lower it, or name a cluster with cluster.address."
+        )
+    set_environment(own_cluster=own_cluster)
     from cluster.train import train_on_ray  # Ray reads the variables above when it is imported, and not again
 
     train_on_ray(config, run_folder, open_test=open_test)

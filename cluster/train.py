@@ -118,9 +118,11 @@ def _use_gpu(config: Config) -> bool:
 def _exhausted(error: TrainingFailedError, run_folder: Path, config: Config) -> TrainingError:
     """The error of a run whose restarts are used up; the whole story goes into a file of the run folder."""
     causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
-    last_lines = [line for line in str(causes[0] if causes else error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(causes[0] if causes else error).splitlines() if line.strip()] or [repr(error)]
+    # A traceback ends with its message; what Ray says of a lost worker begins with it.
+    cause = (lines[-1] if lines[0].startswith(("Traceback", "\x1b[36m")) else lines[0])[:300]
     (run_folder / "failure.txt").write_text(str(error), encoding="utf-8")
     return TrainingError(
-        f"training stopped after {config.cluster.max_failures} restarts: {last_lines[-1].strip() if last_lines else error}. "
+        f"training stopped after {config.cluster.max_failures} restarts: {cause} "
         f"Details: {run_folder / 'failure.txt'}; the same command with --resume goes on from the last checkpoint."
     )

@@ -41,20 +41,26 @@ class Data(_Section):
     global_batch_size: PositiveInt = Field(
         default=32, description="Images per optimiser step over all workers; per-rank sizes are derived."
     )
-    eval_batch_size: PositiveInt = Field(default=32, description="Images per evaluation batch, one fixed shape on every rank.")
+    eval_batch_size: PositiveInt = Field(
+        default=32, description="Images per evaluation batch, one fixed shape on every rank."
+    )
     lanes: PositiveInt = Field(
         default=64, description="Upper limit of parallel read positions per epoch, hence of the world size."
     )
     loader_workers: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="Decoding processes per rank; 0 decodes in the rank itself; null: from the rank's CPUs."
+        default=None,
+        description="Decoding processes per rank; 0 decodes in the rank itself; null: from the rank's CPUs.",
     )
     normalisation: Literal["weights", "half"] = Field(
         default="weights", description="weights: what the pretrained network saw; half: mean 0.5, std 0.5 per channel."
     )
     eval_view: Literal["letterbox", "center_crop", "squash"] = Field(
-        default="letterbox", description="How an image that is not square becomes one; training crops lie in the same frame."
+        default="letterbox",
+        description="How an image that is not square becomes one; training crops lie in the same frame.",
     )
-    verify_checksums: bool = Field(default=True, description="Check each image's SHA-256 against the index when it is read.")
+    verify_checksums: bool = Field(
+        default=True, description="Check each image's SHA-256 against the index when it is read."
+    )
 
 
 class Augment(_Section):
@@ -64,7 +70,9 @@ class Augment(_Section):
         default=0.8, description="Smallest area of the random crop; 1: none."
     )
     horizontal_flip: bool = Field(default=False, description="Mirror half of the images. Wrong for radiographs.")
-    rotation_deg: Annotated[float, Field(ge=0, le=180)] = Field(default=5.0, description="Largest random rotation, degrees.")
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        default=5.0, description="Largest random rotation, degrees."
+    )
     brightness: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Largest random change of brightness, as a share of it."
     )
@@ -80,7 +88,9 @@ class Model(_Section):
         default=0,
         description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head.",
     )
-    zero_init_residual: bool = Field(default=False, description="Start residual branches at zero; for random weights only.")
+    zero_init_residual: bool = Field(
+        default=False, description="Start residual branches at zero; for random weights only."
+    )
 
     @model_validator(mode="after")
     def _zero_init_needs_random(self) -> Model:
@@ -106,16 +116,21 @@ class Schedule(_Section):
     name: Literal["constant", "step", "cosine"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Linear warm-up, epochs (fractions allowed).")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Linear warm-up, epochs (fractions allowed)."
+    )
     step_epochs: PositiveInt = Field(default=10, description="step: epochs between two drops.")
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(default=0.1, description="step: factor of each drop.")
-    final_fraction: Fraction = Field(default=0.0, description="cosine: learning rate at the end, as a share of the peak.")
+    final_fraction: Fraction = Field(
+        default=0.0, description="cosine: learning rate at the end, as a share of the peak."
+    )
 
 
 class Train(_Section):
     epochs: PositiveInt = Field(default=10, description="Passes over the training split.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Autocast type; auto: bf16 where the processor has it, else fp16 on a GPU, fp32 on a CPU."
+        default="auto",
+        description="Autocast type; auto: bf16 where the processor has it, else fp16 on a GPU, fp32 on a CPU.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="Seed of order, augmentation and initialisation."
@@ -124,7 +139,9 @@ class Train(_Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the target spread over all classes."
     )
-    accumulation_steps: PositiveInt = Field(default=1, description="Parts in which a rank's batch is computed, to save memory.")
+    accumulation_steps: PositiveInt = Field(
+        default=1, description="Parts in which a rank's batch is computed, to save memory."
+    )
     channels_last: bool = Field(default=True, description="Memory layout of convolutions.")
     early_stop_epochs: PositiveInt | None = Field(
         default=None, description="Stop after so many epochs without a better val AUC."
@@ -132,7 +149,9 @@ class Train(_Section):
     threads: PositiveInt | None = Field(
         default=None, description="CPU threads per rank; null: the rank's share. Bits depend on it."
     )
-    collective_timeout_s: PositiveInt = Field(default=300, description="Give up on a silent rank after so many seconds.")
+    collective_timeout_s: PositiveInt = Field(
+        default=300, description="Give up on a silent rank after so many seconds."
+    )
 
 
 class Evaluate(_Section):
@@ -142,14 +161,20 @@ class Evaluate(_Section):
         default=None,
         description="Threshold: the highest that reaches this sensitivity on val; null: Youden's index, with a caution.",
     )
-    bootstrap_samples: PositiveInt = Field(default=2000, description="Resamples of patients for the bootstrap interval.")
+    bootstrap_samples: PositiveInt = Field(
+        default=2000, description="Resamples of patients for the bootstrap interval."
+    )
 
 
 class Cluster(_Section):
-    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="Ray Train workers; 0: in this process, no Ray.")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Ray Train workers; 0: in this process, no Ray."
+    )
     use_gpu: bool | None = Field(default=None, description="One GPU per worker; null: where there is one.")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1.0, description="CPUs reserved for each worker.")
-    address: str | None = Field(default=None, description="Address of a Ray cluster; null: RAY_ADDRESS, else start one here.")
+    address: str | None = Field(
+        default=None, description="Address of a Ray cluster; null: RAY_ADDRESS, else start one here."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Restarts from the last checkpoint after a lost worker."
     )
@@ -226,9 +251,8 @@ def load_config(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
-    base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The config from ``preset`` < ``file`` < ``base`` (what a command fixes) < ``overrides`` (``section.key=value``, value as YAML).
+    """The config from ``preset`` < ``file`` < ``overrides`` (``section.key=value``, the value as YAML).
 
     Raises:
         ConfigError: unknown preset, unreadable file, unknown key (with the valid ones), or a refused value.
@@ -244,8 +268,6 @@ def load_config(
                 f"config {file}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})."
             ) from None
         _merge(tree, parse_yaml(text, f"config {file}"))
-    if base is not None:
-        _merge(tree, base)
     for override in overrides:
         _merge(tree, _parse_override(override))
     return validate(tree)

@@ -55,5 +55,6 @@ class Interrupted(MedtlError):
 
 
 BY_NAME: dict[str, type[MedtlError]] = {
-    cls.__name__: cls for cls in (MedtlError, UserError, ConfigError, DataError, LeakageError, TrainingError, Interrupted)
+    cls.__name__: cls
+    for cls in (MedtlError, UserError, ConfigError, DataError, LeakageError, TrainingError, Interrupted)
 }

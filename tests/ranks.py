@@ -25,7 +25,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         processes = [
-            context.Process(target=_work, args=(rank, world_size, str(store), results, function, arguments), daemon=True)
+            context.Process(
+                target=_work, args=(rank, world_size, str(store), results, function, arguments), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:

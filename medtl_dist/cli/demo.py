@@ -17,7 +17,7 @@ from medtl_dist.data.sources import Columns
 from medtl_dist.demo_data import write_demo_images
 
 _PATIENTS = 600
-_IMAGE_SIZE_PX = 64
+_IMAGE_SIZE_PX = 96
 
 
 def demo(

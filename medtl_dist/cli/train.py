@@ -18,6 +18,7 @@ from medtl_dist.train import results
 from medtl_dist.train.loop import fit
 from medtl_dist.train.rescore import evaluate_run
 from medtl_dist.train.run_folder import default_run_folder, opened_run_folder
+from medtl_dist.train.session import check_inputs
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Named config: resnet101, resnet101_head, classic, …")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; wins over the preset.")]
@@ -48,6 +49,7 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     """Train in ``run_dir``, write the report, print the outcome and return the results."""
     config = _with_absolute_paths(config)
     run_dir = run_dir.absolute()
+    check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
     with opened_run_folder(run_dir, config, resume=resume) as folder:
         place = Folder.local(folder)
         done = place.exists("results.json")
@@ -109,7 +111,8 @@ def print_outcome(outcome: dict[str, Any], report_path: Path) -> None:
     for split, entry in outcome["splits"].items():
         typer.echo(f"{split:5} {describe_auc(entry)}; {describe_size(entry)}")
     typer.echo(
-        f"model {outcome['model']['backbone']}, {outcome['model']['weights']}; best epoch {outcome['best_epoch']}"
+        f"model {outcome['model']['backbone']}, {outcome['model']['weights']}; "
+        f"best epoch {outcome['best_epoch'] + 1} of {outcome['epochs_run']}"
     )
     openings = outcome.get("test_openings")
     if openings:

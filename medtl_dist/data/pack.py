@@ -102,9 +102,9 @@ def pack(
         raise UserError(f"{source} is packed as a {kind}, which has no columns: columns are named for tables only")
     if kind == "folder" and dest.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {dest} lies inside the folder that is packed: name a folder elsewhere")
-    check_destination(dest)
     try:
         with work_folder(dest) as work:
+            check_destination(dest)
             listing = _read(source, kind, options, work / "arrays")
             _pack_listing(listing, dest, work, options, progress)
             sync_folder(dest.parent)
@@ -167,7 +167,7 @@ def _missing_files(listing: Listing) -> dict[int, str]:
     return {row: "missing file" for row, file in enumerate(listing.files) if not os.path.isfile(file)}
 
 
-class _ColourFound(Exception):  # noqa: N818 - a finding that starts the pass again
+class _ColourFound(Exception):
     def __init__(self, key: bytes) -> None:
         super().__init__(key.hex())
 

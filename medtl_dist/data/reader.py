@@ -6,6 +6,7 @@ sample. Runs in the main process or in a loader process alike; what it returns d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
@@ -23,8 +24,7 @@ from medtl_dist.data.transforms import MAX_PIXELS, EvalTransform, Image, TrainTr
 from medtl_dist.errors import DataError
 
 COLUMNS = ("key", "sha256", "label", "offset", "size")
-EVAL_COLUMNS = (*COLUMNS, "group", "domain")
-INDEX_CACHE_BYTES = 16 * 2**20
+RECENT_ROWS = 2**18  # of the index, at 72 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,6 @@ class Sample:
     sha256: bytes
     label: int
     shard: str
-    group: str | None = None
-    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class TrainPass:
     def parts(self, worker: int, num_workers: int) -> Iterator[list[Sample]]:
         """The worker's samples, step by step, its lanes joined in order."""
         plan = self.plan()
-        reader = Reader(self.dataset, self.split, COLUMNS)
+        reader = Reader(self.dataset, self.split)
         share = _shares(plan.lanes_of(self.rank, self.world_size), num_workers)[worker]
         lanes = [_lane(reader, plan, lane, self.start_step) for lane in share]
         for _ in range(self.start_step, plan.num_steps):
@@ -136,7 +134,7 @@ class EvalPass:
     def parts(self, worker: int, num_workers: int) -> Iterator[list[Sample]]:
         """The worker's batches: each ``num_workers``-th of the rank's."""
         plan = self.plan()
-        reader = Reader(self.dataset, self.split, EVAL_COLUMNS)
+        reader = Reader(self.dataset, self.split)
         for number in plan.batches_of(self.rank, self.world_size)[worker::num_workers]:
             yield [sample for piece in plan.batch(number) for sample in reader.read(piece)]
 
@@ -146,85 +144,87 @@ class EvalPass:
         return self.transform(image)
 
 
-class Reader:
-    """Reads pieces of one split. Keeps the index rows of recent shards, at most 16 MiB of them."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows]."""
 
-    def __init__(self, dataset: Dataset, split: str, columns: tuple[str, ...]) -> None:
+    keys: bytes
+    digests: bytes
+    labels: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
+class Reader:
+    """Reads pieces of one split. Keeps the index rows of recent shards, at most 18 MiB of them (or one shard's)."""
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self.folder = dataset.folder
         self.dataset = dataset
         self.shards: tuple[Shard, ...] = dataset.shards(split)
-        self.columns = columns
-        self._recent: OrderedDict[int, pa.Table] = OrderedDict()
-        self._recent_bytes = 0
+        self._recent: OrderedDict[int, Rows] = OrderedDict()
+        self._num_recent = 0
 
     def read(self, piece: Piece) -> list[Sample]:
         """The samples of a piece, by one read of the bytes from its first to its last.
 
         Raises: DataError, the shard is missing or shorter than its index says, or the index is damaged.
         """
-        shard = self.shards[piece.shard]
-        rows = self._rows(piece)
-        offsets, sizes = rows["offset"], rows["size"]
-        start, stop = self._extent(shard, offsets, sizes)
+        shard, rows = self.shards[piece.shard], self._rows(piece.shard)
+        start, stop = _extent(rows, piece)
         data = memoryview(self._range(shard, start, stop))
-        samples = []
-        for row, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            begin = offset - start
-            extra = {name: rows[name][row] for name in ("group", "domain") if name in rows}
-            samples.append(
-                Sample(
-                    data[begin : begin + size],
-                    rows["key"][row],
-                    rows["sha256"][row],
-                    rows["label"][row],
-                    shard.name,
-                    **extra,
-                )
+        begins = (rows.offsets[piece.start : piece.stop] - start).tolist()
+        sizes = rows.sizes[piece.start : piece.stop].tolist()
+        labels = rows.labels[piece.start : piece.stop].tolist()
+        return [
+            Sample(
+                data[begin : begin + size],
+                rows.keys[16 * row : 16 * row + 16],
+                rows.digests[32 * row : 32 * row + 32],
+                label,
+                shard.name,
             )
-        return samples
+            for row, begin, size, label in zip(range(piece.start, piece.stop), begins, sizes, labels, strict=True)
+        ]
 
     def read_ahead(self, piece: Piece) -> None:
         """Asks the system to fetch the piece's bytes in the background; only a hint."""
         if not hasattr(os, "posix_fadvise"):
             return
         shard = self.shards[piece.shard]
-        rows = self._rows(piece)
-        start, stop = self._extent(shard, rows["offset"], rows["size"])
-        try:
+        start, stop = _extent(self._rows(piece.shard), piece)
+        # What is wrong with the file, the read itself will say.
+        with contextlib.suppress(OSError):
             handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return  # the read itself will say what is wrong
-        try:
-            os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
+            try:
+                os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
     def _path(self, shard: Shard) -> str:
-        return os.path.join(self.dataset.folder, shard.name)
+        return os.path.join(self.folder, shard.name)
 
-    def _rows(self, piece: Piece) -> dict[str, list]:
-        table = self._recent.get(piece.shard)
-        if table is None:
-            table = read_shard_rows(self.dataset, self.shards[piece.shard], self.columns)
-            self._recent[piece.shard] = table
-            self._recent_bytes += table.nbytes
-            while self._recent_bytes > INDEX_CACHE_BYTES and len(self._recent) > 1:
-                self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
-        else:
-            self._recent.move_to_end(piece.shard)
-        return table.slice(piece.start, len(piece)).to_pydict()
+    def _rows(self, position: int) -> Rows:
+        rows = self._recent.get(position)
+        if rows is not None:
+            self._recent.move_to_end(position)
+            return rows
+        table = read_shard_rows(self.dataset, self.shards[position], COLUMNS)
+        rows = _parse_rows(table)
+        self._check(self.shards[position], rows)
+        self._recent[position] = rows
+        self._num_recent += len(rows.labels)
+        while self._num_recent > RECENT_ROWS and len(self._recent) > 1:
+            self._num_recent -= len(self._recent.popitem(last=False)[1].labels)
+        return rows
 
-    def _extent(self, shard: Shard, offsets: list[int], sizes: list[int]) -> tuple[int, int]:
-        """First byte and end of a piece's members; they must follow one another within the shard."""
-        end = 0
-        for offset, size in zip(offsets, sizes, strict=True):
-            if offset < end or size < 1:
-                raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
-            end = offset + size
-        if end > shard.bytes:
-            raise DataError(f"the index of {self._path(shard)} points beyond its end: pack the set again")
-        return offsets[0], end
+    def _check(self, shard: Shard, rows: Rows) -> None:
+        """The members must follow one another within the shard: one read must get what it expects, and no more."""
+        ends = rows.offsets + rows.sizes
+        if (rows.sizes < 1).any() or (rows.offsets < 0).any() or (rows.offsets[1:] < ends[:-1]).any():
+            raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
+        if ends.max(initial=0) > shard.bytes:
+            raise DataError(f"the index of {self._path(shard)} points beyond its end: copy the set or pack it again")
 
     def _range(self, shard: Shard, start: int, stop: int) -> bytes:
         try:
@@ -281,6 +281,26 @@ def _lane(reader: Reader, plan: EpochPlan, lane: int, start_step: int) -> Iterat
         for place in order.tolist():
             yield samples[place]
         del samples  # before the next window is read, not after
+
+
+def _extent(rows: Rows, piece: Piece) -> tuple[int, int]:
+    """First byte and end of a piece's members."""
+    last = piece.stop - 1
+    return int(rows.offsets[piece.start]), int(rows.offsets[last] + rows.sizes[last])
+
+
+def _parse_rows(table: pa.Table) -> Rows:
+    """Arrow's columns as flat buffers, from which a row is cut in a microsecond.
+
+    Raises: DataError, nulls or another width where the format has none.
+    """
+    columns = [table.column(name).combine_chunks() for name in COLUMNS]
+    key, sha256, label, offset, size = columns
+    if any(column.null_count for column in columns):
+        raise DataError("the index is damaged (empty fields): copy the set again or pack it again")
+    return Rows(
+        b"".join(key.to_pylist()), b"".join(sha256.to_pylist()), label.to_numpy(), offset.to_numpy(), size.to_numpy()
+    )
 
 
 def _shares(lanes: range, num_workers: int) -> list[range]:

@@ -24,14 +24,12 @@ from medtl_dist.errors import UserError
 @dataclass(frozen=True)
 class Batch:
     """``images``: uint8 [rows, C, S, S], C = 1 (grey) or 3 (RGB); ``labels``: int64 [num_real]; ``keys``: hex
-    [num_real]. In evaluation rows is the batch size, those from ``num_real`` on are zeros to drop, and ``groups`` and
-    ``domains`` are [num_real]; in training rows is the rank's share of the global batch and they are empty."""
+    [num_real]. In training rows is the rank's share of the global batch; in evaluation it is the batch size, and the
+    rows from ``num_real`` on are zeros to drop."""
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: list[str]
-    groups: list[str]
-    domains: list[str | None]
 
     @property
     def num_real(self) -> int:
@@ -131,6 +129,4 @@ def _batch(images: Images, parts: list[Part], pin_memory: bool) -> Batch:
         tensor,
         torch.tensor(labels, dtype=torch.int64),
         [key for part in parts for key in part.keys],
-        [group for part in parts for group in part.groups],
-        [domain for part in parts for domain in part.domains],
     )

@@ -37,12 +37,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Part:
-    """What is told about samples besides their pixels. ``groups, domains`` are empty in training."""
+    """What is told about samples besides their pixels."""
 
     labels: list[int]
     keys: list[str]
-    groups: list[str]
-    domains: list[str | None]
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,7 @@ def make_part(samples: list[Sample], rows: npt.NDArray[np.uint8], work: TrainPas
     Raises: DataError, see ``fill``.
     """
     fill(rows, samples, work)
-    named = [sample for sample in samples if sample.group is not None]
-    return Part(
-        [sample.label for sample in samples],
-        [sample.key.hex() for sample in samples],
-        [str(sample.group) for sample in named],
-        [sample.domain for sample in named],
-    )
+    return Part([sample.label for sample in samples], [sample.key.hex() for sample in samples])
 
 
 def serve(connection: Connection, memory: int) -> None:
@@ -74,16 +66,11 @@ def serve(connection: Connection, memory: int) -> None:
     while True:
         slots = map_slots(memory, start.shape)
         parts = start.work.parts(start.worker, start.num_workers)
-        failed: Failed | None = None
         while not isinstance(message := connection.recv(), Start):
-            # After an error each request left is answered with it, so that requests and answers stay in step.
-            answer: Part | Failed | None = failed
-            if answer is None:
-                try:
-                    answer = make_part(next(parts), slots[message, start.rows], start.work)
-                except Exception as error:
-                    ours = error if isinstance(error, MedtlError) else None
-                    answer = failed = Failed(ours, traceback.format_exc())
+            try:
+                answer = make_part(next(parts), slots[message, start.rows], start.work)
+            except Exception as error:
+                answer = Failed(error if isinstance(error, MedtlError) else None, traceback.format_exc())
             connection.send(answer)
         start = message
 

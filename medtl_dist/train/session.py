@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from medtl_dist import collectives
 from medtl_dist.config import Config
 from medtl_dist.data.loader import Loader
-from medtl_dist.data.plan import EpochPlan, train_plan
+from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
 from medtl_dist.errors import DataError, MedtlError, UserError
-from medtl_dist.models.freezing import trainable_groups
+from medtl_dist.models.freezing import resolve_depth, trainable_groups
 from medtl_dist.models.normalise import normalise
+from medtl_dist.models.registry import spec
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint, optim
 from medtl_dist.train.evaluate import Scorer
@@ -130,6 +131,17 @@ def agreed(action: Callable[[], T]) -> T:
         failure = error
     collectives.raise_together(failure)
     return value  # type: ignore[return-value]
+
+
+def check_inputs(config: Config, *, open_test: bool = False) -> None:
+    """Whether the data set fits the config, without touching an image. Raises UserError or DataError."""
+    dataset = open_shards(config)
+    if open_test and not dataset.shards("test"):
+        raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
+    resolve_depth(spec(config.model.backbone), config.model.frozen_depth)
+    check_world_size(
+        plan_of(config, dataset).num_lanes, max(config.cluster.num_workers, 1), config.data.global_batch_size
+    )
 
 
 def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:

@@ -25,7 +25,7 @@ from medtl_dist.train.precision import Precision, resolve
 
 @dataclass(frozen=True)
 class Network:
-    """A model on its device, frozen as asked, with what surrounds it. ``message`` and ``weights`` say where its weights are from."""
+    """A model on its device, frozen as asked, with what surrounds it; ``message`` and ``weights`` say where they are from."""
 
     model: nn.Module
     spec: BackboneSpec

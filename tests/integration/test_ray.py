@@ -44,7 +44,9 @@ def test_ray_workers_do_what_spawned_processes_do_bit_for_bit(tmp_path: Path) ->
     options = [f"data.shards={dataset.folder}", "train.threads=1", "train.epochs=2", "cluster.num_workers=2"]
     config = load_config(preset="smoke", overrides=options)
     run_ranks(2, _fit_locally, config, str(tmp_path / "local"))
-    done = _medtl("train", "--preset", "smoke", *(part for o in options for part in ("--set", o)), "--run-dir", tmp_path / "ray")
+    done = _medtl(
+        "train", "--preset", "smoke", *(part for o in options for part in ("--set", o)), "--run-dir", tmp_path / "ray"
+    )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ray" / ".ray").exists()
     for name in sorted((tmp_path / "local" / "checkpoints").iterdir()):

@@ -29,7 +29,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed set of made-up radiographs, 40 patients."""
     place = tmp_path_factory.mktemp("cli")
     table = write_demo_images(place / "images", num_patients=40, seed=1, image_size_px=32)
-    command = ["data", "pack", str(table), "--out", str(place / "set"), "--group-col", "patient_id", "--domain-col", "domain"]
+    command = [
+        "data",
+        "pack",
+        str(table),
+        "--out",
+        str(place / "set"),
+        "--group-col",
+        "patient_id",
+        "--domain-col",
+        "domain",
+    ]
     assert run([*command, "--keep-col", "view", "--split", "0.6,0.2,0.2", "--workers", "1"]) == 0
     return place / "set"
 
@@ -117,7 +127,9 @@ def test_an_existing_run_folder_is_refused(trained: Path, shards: Path, tmp_path
 
 def test_bad_configs_and_inputs_name_themselves(shards: Path, tmp_path: Path, capsys) -> None:
     base = ["train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir", str(tmp_path / "run")]
-    _fails([*base, "--set", "optim.learning_rate=1"], 2, "unknown key optim.learning_rate", "lr, momentum", capsys=capsys)
+    _fails(
+        [*base, "--set", "optim.learning_rate=1"], 2, "unknown key optim.learning_rate", "lr, momentum", capsys=capsys
+    )
     _fails([*base, "--set", f"data.shards={tmp_path / 'none'}"], 2, "none", capsys=capsys)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     weights = tmp_path / "weights.pth"
@@ -145,7 +157,17 @@ def test_a_truncated_shard_is_damage(shards: Path, tmp_path: Path, capsys) -> No
 
 def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    command = [*_MEDTL, "train", *_SMOKE, "--set", f"data.shards={shards}", "--run-dir", str(folder), "--resume", "--test"]
+    command = [
+        *_MEDTL,
+        "train",
+        *_SMOKE,
+        "--set",
+        f"data.shards={shards}",
+        "--run-dir",
+        str(folder),
+        "--resume",
+        "--test",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 240
@@ -169,7 +191,9 @@ def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, 
 def test_a_polite_stop_leaves_a_checkpoint_and_says_so(shards: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "stopped"
     command = [*_MEDTL, "train", *_SMOKE, "--set", f"data.shards={shards}", "--set", "train.epochs=2000"]
-    process = subprocess.Popen([*command, "--run-dir", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 240
     while not (log.exists() and '"kind": "epoch"' in log.read_text()):

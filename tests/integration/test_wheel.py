@@ -41,7 +41,8 @@ def test_the_wheel_contains_our_packages_and_data(wheel: Path) -> None:
     ):
         assert name in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
-    every_module = {str(path.relative_to(_ROOT)) for p in ("medtl_dist", "cluster", "tune_spaces") for path in (_ROOT / p).rglob("*.py")}
+    packages = ("medtl_dist", "cluster", "tune_spaces")
+    every_module = {str(path.relative_to(_ROOT)) for name in packages for path in (_ROOT / name).rglob("*.py")}
     assert every_module <= names
 
 

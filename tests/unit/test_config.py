@@ -63,7 +63,7 @@ def test_a_resolved_config_repeats_itself() -> None:
 def test_a_file_that_is_not_a_plain_mapping_is_refused(tmp_path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
         load_config(file=file)
     assert message in caught.value.message
 

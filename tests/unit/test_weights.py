@@ -325,6 +325,7 @@ def test_another_kind_of_file_is_one_clear_line(tmp_path: Path, name: str, conte
     with pytest.raises(UserError, match="can't be read as weights") as caught:
         create(tmp_path / name)
     assert "\n" not in caught.value.message
+    assert "weights_only" not in caught.value.message  # PyTorch's text tells how to switch the protection off
 
 
 @pytest.mark.parametrize("content", [{"epoch": 1}, [torch.ones(1)], torch.ones(2), {}, {"state_dict": {}}], ids=str)
