@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 MEDTL_DATA_DIR ?= ../shared/data
 export MEDTL_DATA_DIR
 
-.PHONY: setup demo test lint types imports unit bench test-browser clean help
+.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,9 @@ test-browser: $(STAMP) ## the report in a real browser; needs chromium
 
 bench: $(STAMP) ## benchmark scripts; each prints its own table
 	$(BIN)/python benchmarks/interval_coverage.py
+
+bench-smoke: $(STAMP) ## the benchmark scripts at their smallest, to see that they run
+	$(BIN)/python benchmarks/interval_coverage.py --studies 50
 
 clean: ## remove the environment
 	rm -rf $(VENV)

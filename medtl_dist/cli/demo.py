@@ -12,9 +12,6 @@ import typer
 from medtl_dist.cli.data import packing_bar, summary
 from medtl_dist.cli.train import run_train
 from medtl_dist.config import load_config
-from medtl_dist.data.pack import PackOptions, pack
-from medtl_dist.data.sources import Columns
-from medtl_dist.demo_data import write_demo_images
 
 _PATIENTS = 600
 _IMAGE_SIZE_PX = 96
@@ -36,6 +33,10 @@ def demo(
 
     Example: medtl demo
     """
+    from medtl_dist.data.pack import PackOptions, pack
+    from medtl_dist.data.sources import Columns
+    from medtl_dist.demo_data import write_demo_images
+
     began = time.monotonic()
     place = (out or Path("runs") / f"demo-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}").absolute()
     if data is None:

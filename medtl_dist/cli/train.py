@@ -1,4 +1,7 @@
-"""`medtl train` and `medtl evaluate`: parse, call the library, print."""
+"""`medtl train` and `medtl evaluate`: parse, call the library, print.
+
+What needs torch is imported where it is used: `medtl --help` and the packing processes do without it.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from medtl_dist.cli.follow import following
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import Interrupted, UserError
-from medtl_dist.report.build import build_report
-from medtl_dist.run import Folder, LocalRun
-from medtl_dist.train import results
-from medtl_dist.train.loop import fit
-from medtl_dist.train.rescore import evaluate_run
-from medtl_dist.train.run_folder import default_run_folder, opened_run_folder
-from medtl_dist.train.session import check_inputs
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Named config: resnet101, resnet101_head, classic, …")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; wins over the preset.")]
@@ -41,12 +36,21 @@ def train(
 
     Example: medtl train --preset resnet101 --set data.shards=my_set --set cluster.num_workers=2 --run-dir runs/first
     """
+    from medtl_dist.train.run_folder import default_run_folder
+
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
 
 
 def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool = False) -> dict[str, Any]:
     """Train in ``run_dir``, write the report, print the outcome and return the results."""
+    from medtl_dist.cli.follow import following
+    from medtl_dist.report.build import build_report
+    from medtl_dist.run import Folder
+    from medtl_dist.train import results
+    from medtl_dist.train.run_folder import opened_run_folder
+    from medtl_dist.train.session import check_inputs
+
     config = _with_absolute_paths(config)
     run_dir = run_dir.absolute()
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
@@ -73,6 +77,9 @@ def _train_somewhere(config: Config, folder: Path, *, test: bool) -> None:
 
         launch_training(config, folder, open_test=test)
         return
+    from medtl_dist.run import Folder, LocalRun
+    from medtl_dist.train.loop import fit
+
     run = LocalRun(Folder.local(folder))
     run.stop_on_signals()
     try:
@@ -97,6 +104,11 @@ def evaluate(
     """
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: expected val or test.")
+    from medtl_dist.report.build import build_report
+    from medtl_dist.run import Folder, LocalRun
+    from medtl_dist.train import results
+    from medtl_dist.train.rescore import evaluate_run
+
     run_dir = run_dir.absolute()
     entry = evaluate_run(LocalRun(Folder.local(run_dir)), split)
     report_path = build_report(run_dir)

@@ -1,9 +1,9 @@
 """passes ─► filled slots: hands the parts of a pass to loader processes and joins what they make, in order.
 
 Why not ``torch.utils.data.DataLoader``: loader processes here write into their own rows of one shared slot per batch,
-so nothing is pickled, collated or sent but keys and labels; they need no torch (about 120 MiB each, mostly shared, instead of 700); a death
-is noticed at once and in any thread, also in Ray Train's; errors cross as themselves; no ``/dev/shm`` is used, which
-containers keep small, and nothing is left behind however either side dies.
+so nothing is pickled, collated or sent but keys and labels; they need no torch (about 120 MiB each instead of 700); a
+death is noticed at once and in any thread, also in Ray Train's; errors cross as themselves; no ``/dev/shm`` is used,
+which containers keep small, and nothing is left behind however either side dies.
 """
 
 from __future__ import annotations

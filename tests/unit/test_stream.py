@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from shard_sets import Negative, image_of, key_of, write_info, write_set
@@ -249,6 +250,21 @@ def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path) -> No
     info["splits"]["train"]["shards"][0]["bytes"] = 3000
     write_info(tmp_path, info["splits"], 1)
     with pytest.raises(DataError, match="points beyond its end"):
+        epoch_of(open_dataset(tmp_path), batch=6)
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value"), [("size", 2, 0), ("offset", 3, 512), ("offset", 0, -1), ("label", 1, None)]
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, column: str, row: int, value: int | None) -> None:
+    write_set(tmp_path, {"train": [6]})
+    index = pq.read_table(tmp_path / "index.parquet")
+    values = index.column(column).to_pylist()
+    values[row] = value
+    place = index.column_names.index(column)
+    pq.write_table(index.set_column(place, index.schema.field(place), [values]), tmp_path / "index.parquet")
+    write_info(tmp_path, json.loads((tmp_path / "dataset.json").read_text())["splits"], 1)
+    with pytest.raises(DataError, match=r"index .*is damaged"):
         epoch_of(open_dataset(tmp_path), batch=6)
 
 
