@@ -178,7 +178,7 @@ def _read_row_groups(dataset: Dataset, shards: list[Shard], columns: Sequence[st
     wanted = None if columns is None else list(columns)
     try:
         footer = _footer(path, dataset.info["index"]["sha256"])
-        # No threads: loader workers are forked, and Arrow's thread pool does not survive a fork.
+        # No threads: many loader processes read at once, each a row group.
         with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
             table = file.read_row_groups([shard.row_group for shard in shards], columns=wanted, use_threads=False)
     except (OSError, pa.ArrowException, IndexError) as error:

@@ -5,6 +5,7 @@ Only rank 0 writes. ``log.jsonl`` grows by a line per note and per epoch; ``prog
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
@@ -49,7 +50,8 @@ class Journal:
         """Where the run stands, replacing what it said before."""
         if self._folder is not None:
             self._last_progress = time.monotonic()
-            self._folder.write("progress.json", json.dumps(dict(row)).encode())
+            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report, on every rank
+                self._folder.write("progress.json", json.dumps(dict(row)).encode())
 
     def close(self) -> None:
         if self._writer is not None:
@@ -60,5 +62,5 @@ class Journal:
         if self._folder is None:
             return
         stamped = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | dict(row)
-        with (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(stamped) + "\n")

@@ -24,7 +24,7 @@ from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
 from medtl_dist.train import checkpoint, optim, results
 from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
-from medtl_dist.train.session import Session, agreed, best_row, save, start, train_stream
+from medtl_dist.train.session import Session, agreed, best_row, disk_error, save, start, train_stream
 from medtl_dist.train.setup import average_buffers
 
 _POLL_EVERY_STEPS = 5
@@ -200,9 +200,15 @@ def conclude(session: Session, *, open_test: bool) -> None:
         )
         if predictions is not None:
             scored[split] = predictions
+    failure: MedtlError | None = None
     if run.rank == 0:
-        results.write(session, best, scored)
-    collectives.largest(0)  # nobody leaves before the results are written
+        try:
+            results.write(session, best, scored)
+        except MedtlError as error:
+            failure = error
+        except OSError as error:
+            failure = disk_error(run, error)
+    collectives.raise_together(failure)  # nobody leaves before the results are written
 
 
 def _best_checkpoint(session: Session) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from medtl_dist.data.loader import Loader
 from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
-from medtl_dist.errors import DataError, MedtlError, UserError
+from medtl_dist.errors import MedtlError, TrainingError, UserError
 from medtl_dist.models.freezing import resolve_depth, trainable_groups
 from medtl_dist.models.normalise import normalise
 from medtl_dist.models.registry import spec
@@ -157,7 +157,7 @@ def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:
 
 
 def save(session: Session) -> None:
-    """Commit a checkpoint of the present position. Collective; raises OSError's cause as DataError on every rank."""
+    """Commit a checkpoint of the present position. Collective. Raises TrainingError on every rank where the disk is full."""
     position, run = session.position, session.run
     random_states = collectives.gather_to_rank_0(_random_state(run.device))
     # Within an epoch each rank has BatchNorm statistics of its own; at its end they have been averaged.
@@ -196,10 +196,16 @@ def save(session: Session) -> None:
             )
             checkpoint.retain(run.folder, best["checkpoint"] if best else None)
         except OSError as error:
-            failure = DataError(
-                f"{run.folder.path}: the checkpoint can't be written ({error.strerror or error}); earlier ones are whole."
-            )
+            failure = disk_error(run, error)
     collectives.raise_together(failure)
+
+
+def disk_error(run: Run, error: OSError) -> TrainingError:
+    """A failed write as an error that a restart would not mend."""
+    return TrainingError(
+        f"{run.folder.path}: can't be written ({error.strerror or error}). What was committed before is whole: free space, "
+        "then the same command with --resume goes on."
+    )
 
 
 def best_row(history: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -153,6 +154,35 @@ def test_a_truncated_shard_is_damage(shards: Path, tmp_path: Path, capsys) -> No
     tar.write_bytes(tar.read_bytes()[:-2000])
     command = ["train", *_SMOKE, "--set", f"data.shards={copy}", "--run-dir", str(tmp_path / "run")]
     _fails(command, 3, tar.name, capsys=capsys)
+
+
+def test_three_classes_with_one_absent_from_val(tmp_path: Path) -> None:
+    """Multi-class, no patients, a class that val lacks: macro over the classes that are defined, never a NaN."""
+    drawing = np.random.default_rng(0)
+    for split, counts in (("train", (12, 12, 12)), ("val", (6, 6, 0)), ("test", (5, 5, 5))):
+        for label, count in zip(("a", "b", "c"), counts, strict=True):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = drawing.integers(0, 255, (32, 32), dtype=np.uint8)
+                assert cv2.imwrite(str(folder / f"{number}.png"), image)
+    shutil.rmtree(tmp_path / "images" / "val" / "c")
+    assert run(["data", "pack", str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--workers", "1"]) == 0
+    command = ["train", *_SMOKE, "--set", f"data.shards={tmp_path / 'set'}", "--set", "train.class_weights=balanced"]
+    assert run([*command, "--run-dir", str(tmp_path / "run"), "--test"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "NaN" not in (tmp_path / "run" / "results.json").read_text()
+    val, test = results["splits"]["val"], results["splits"]["test"]
+    assert val["per_class"]["c"]["auc"] is None
+    assert val["macro"]["n_defined"] == 2
+    table = pq.read_table(tmp_path / "run" / "predictions" / "test.parquet").to_pandas()
+    scores = table[["score_a", "score_b", "score_c"]].to_numpy()
+    assert test["macro"]["auc"] == pytest.approx(roc_auc_score(table.label, scores, multi_class="ovr"), abs=1e-12)
+    np.testing.assert_allclose(scores.sum(axis=1), 1)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (table.label, scores.argmax(axis=1)), 1)
+    assert test["confusion"] == confusion.tolist()
+    assert any("calibrated" in caution for caution in results["cautions"])
 
 
 def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:

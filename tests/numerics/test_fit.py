@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from medtl_dist.config import Config, load_config
 from medtl_dist.data.shards import read_split
 from medtl_dist.errors import DataError, Interrupted, TrainingError, UserError
 from medtl_dist.run import Folder, LocalRun, Run, Signal
+from medtl_dist.train import checkpoint
 from medtl_dist.train.evaluate import score_split
 from medtl_dist.train.loop import close_epoch, fit, train_epoch
 from medtl_dist.train.session import start
@@ -166,20 +168,21 @@ def _assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_allclose(other[name], values, err_msg=name, rtol=_RTOL, atol=_ATOL)
 
 
-@pytest.mark.parametrize(
-    "extra", [(), ("train.class_weights=balanced", "train.label_smoothing=0.1", "optim.clip_norm=1")]
-)
+_WEIGHTED = ("train.class_weights=balanced", "train.label_smoothing=0.1", "optim.clip_norm=1")
+
+
+@pytest.mark.parametrize(("world_size", "batch_size", "extra"), [(2, 9, ()), (3, 10, _WEIGHTED)])
 def test_several_ranks_train_as_one_process_with_the_same_global_batch(
-    shards: str, tmp_path: Path, extra: tuple[str, ...]
+    shards: str, tmp_path: Path, world_size: int, batch_size: int, extra: tuple[str, ...]
 ) -> None:
-    # 10 lanes on 3 ranks: 3, 3 and 4 images a step.
-    config = _config(shards, "data.global_batch_size=10", "train.epochs=1", *extra)
+    # 9 lanes on 2 ranks are 4 and 5 images a step, 10 lanes on 3 ranks are 3, 3 and 4.
+    config = _config(shards, f"data.global_batch_size={batch_size}", "train.epochs=1", *extra)
     alone = _train_with_frozen_norms(0, 1, config, str(tmp_path))
-    together = run_ranks(3, _train_with_frozen_norms, config, str(tmp_path))
+    together = run_ranks(world_size, _train_with_frozen_norms, config, str(tmp_path))
     _assert_alike(alone, together[0])
-    for rank in (1, 2):
+    for other in together[1:]:
         for name, values in together[0].items():
-            assert np.array_equal(together[rank][name], values), name
+            assert np.array_equal(other[name], values), name
 
 
 def test_accumulation_is_one_large_batch(shards: str, tmp_path: Path) -> None:
@@ -232,6 +235,30 @@ def test_a_users_mistake_is_one_clear_line(shards: str, tmp_path: Path, override
     with pytest.raises(UserError, match=message) as caught:
         fit(_config(shards, override), _run(tmp_path, 0, 1))
     assert "\n" not in caught.value.message
+
+
+def _meets_a_full_disk(rank: int, world_size: int, config: Config, folder: str) -> str:
+    replace = os.replace
+
+    def full(source: str, target: str) -> None:
+        if "checkpoints/00000008" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medtl_dist.run.os.replace", full)
+        with pytest.raises(TrainingError) as caught:
+            fit(config, _run(Path(folder), rank, world_size))
+    return caught.value.message
+
+
+def test_a_full_disk_stops_every_rank_and_loses_nothing(shards: str, tmp_path: Path) -> None:
+    messages = run_ranks(2, _meets_a_full_disk, _config(shards), str(tmp_path))
+    assert messages[0] == messages[1]
+    assert "No space left on device" in messages[0]
+    folder = Folder.local(tmp_path)
+    assert checkpoint.latest(folder, lambda _: None) == 4  # the first epoch's
+    fit(_config(shards), _run(tmp_path, 0, 1))  # and with space again it goes on
 
 
 def _meets_damage(rank: int, world_size: int, config: Config, folder: str) -> str:

@@ -71,7 +71,7 @@ def test_a_file_that_is_not_a_plain_mapping_is_refused(tmp_path, text: str, mess
 def test_a_missing_file_and_an_unknown_preset_are_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: can't be read"):
         load_config(file=tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="there are: classic, classic_text, resnet101, resnet101_head, smoke"):
+    with pytest.raises(ConfigError, match="there are: classic, classic_text, demo, resnet101, resnet101_head, smoke"):
         load_config(preset="resnet")
 
 
