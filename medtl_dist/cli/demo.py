@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Pack, train ResNet101 on two Ray workers, evaluate and report, on made-up radiographs.
 
-    Random initial weights and 64-pixel images: it shows that everything works, not what the method can do.
+    Random initial weights and 48-pixel images: it shows that everything works, not what the method can do.
 
     Example: medtl demo
     """
