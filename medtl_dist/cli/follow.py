@@ -25,7 +25,7 @@ def following(run_folder: Path) -> Iterator[None]:
     progress_file.unlink(missing_ok=True)  # an earlier attempt's
     done = threading.Event()
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"), console=console,
+        TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[facts]}"), console=console,
         disable=not console.is_terminal, transient=True,
     )  # fmt: skip
 
@@ -59,20 +59,20 @@ def following(run_folder: Path) -> Iterator[None]:
 
 
 def progress_facts(row: dict[str, Any]) -> str:
-    """``step 12/37 · 41.2 images/s · 2% waiting for data · loss 0.412 · best val AUC 0.913 · 3:20 left``."""
-    facts = [f"step {row['step']}/{row['steps']}"]
-    if row.get("images_per_s") is not None:
-        facts.append(f"{row['images_per_s']:.1f} images/s")
-    if row.get("data_wait_fraction") is not None:
-        facts.append(f"{row['data_wait_fraction']:.0%} waiting for data")
-    if row.get("loss") is not None:
-        facts.append(f"loss {row['loss']:.3f}")
-    if row.get("best_val_auc") is not None:
-        facts.append(f"best val AUC {row['best_val_auc']:.3f}")
+    """Two short lines, so that 80 columns show them whole: where the run is and how long it takes; how it is doing."""
+    place, state = [f"step {row['step']}/{row['steps']}"], []
     if row.get("seconds_left") is not None:
         minutes, seconds = divmod(round(row["seconds_left"]), 60)
-        facts.append(f"{minutes}:{seconds:02d} left")
-    return " · ".join(facts)
+        place.append(f"{minutes}:{seconds:02d} left")
+    if row.get("images_per_s") is not None:
+        place.append(f"{row['images_per_s']:.1f} images/s")
+    if row.get("data_wait_fraction") is not None:
+        state.append(f"{row['data_wait_fraction']:.0%} waiting for data")
+    if row.get("loss") is not None:
+        state.append(f"loss {row['loss']:.3f}")
+    if row.get("best_val_auc") is not None:
+        state.append(f"best val AUC {row['best_val_auc']:.3f}")
+    return " · ".join(place) + "\n" + " · ".join(state)
 
 
 def epoch_line(row: dict[str, Any]) -> str:

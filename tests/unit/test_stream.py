@@ -311,6 +311,7 @@ def test_an_interrupt_from_the_terminal_is_left_to_the_parent(dataset: Dataset, 
 
 
 def test_processes_last_over_passes_and_end_with_the_loader(dataset: Dataset) -> None:
+    gc.collect()  # what earlier tests dropped is not this loader's
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     with Loader(2) as loader:
         epoch_of(dataset, loader=loader)
@@ -322,7 +323,7 @@ def test_processes_last_over_passes_and_end_with_the_loader(dataset: Dataset) ->
     assert loader.process_ids == []
     assert not any(map(is_alive, first))
     gc.collect()
-    assert descriptors is None or len(os.listdir("/proc/self/fd")) == descriptors
+    assert descriptors is None or len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_an_abandoned_pass_does_not_disturb_the_next(dataset: Dataset, loader: Loader) -> None:
