@@ -98,8 +98,8 @@ def test_real_x_rays_from_files_to_report(tmp_path: Path) -> None:
         assert table.key.is_unique
         assert set(table.key) == {key.hex() for key in index[index.split == split].key}
         entry = results["splits"][split]
-        assert entry["auc"] == pytest.approx(roc_auc_score(table.label, table.score_PNEUMONIA), abs=1e-12)
-        expected = average_precision_score(table.label, table.score_PNEUMONIA)
+        assert entry["auc"] == pytest.approx(roc_auc_score(table.label, table.logit_PNEUMONIA), abs=1e-12)
+        expected = average_precision_score(table.label, table.logit_PNEUMONIA)
         assert entry["average_precision"] == pytest.approx(expected, abs=1e-12)
     assert results["training"]["world_size"] == 2
     assert results["splits"]["test"]["n_groups"] == index[index.split == "test"].group.nunique()

@@ -30,6 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed set of made-up radiographs, 40 patients."""
     place = tmp_path_factory.mktemp("cli")
     table = write_demo_images(place / "images", num_patients=40, seed=1, image_size_px=32)
+    (place / "key").write_text("5a" * 32)  # a key of our own, so that every run of the tests packs the same bytes
     command = [
         "data",
         "pack",
@@ -41,7 +42,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--domain-col",
         "domain",
     ]
-    assert run([*command, "--keep-col", "view", "--split", "0.6,0.2,0.2", "--workers", "1"]) == 0
+    assert (
+        run(
+            [
+                *command,
+                "--key-file",
+                str(place / "key"),
+                "--keep-col",
+                "view",
+                "--split",
+                "0.6,0.2,0.2",
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     return place / "set"
 
 
@@ -69,14 +85,14 @@ def test_reported_numbers_are_scikit_learns_on_the_predictions(trained: Path, sh
         expected_keys = [key.hex() for key in index[index.split == split].key]
         assert table.key.tolist() == expected_keys  # every image, each once
         entry = results["splits"][split]
-        assert entry["auc"] == pytest.approx(roc_auc_score(table.label, table.score_OPACITY), abs=1e-12)
-        expected_precision = average_precision_score(table.label, table.score_OPACITY)
+        assert entry["auc"] == pytest.approx(roc_auc_score(table.label, table.logit_OPACITY), abs=1e-12)
+        expected_precision = average_precision_score(table.label, table.logit_OPACITY)
         assert entry["average_precision"] == pytest.approx(expected_precision, abs=1e-12)
         assert entry["prevalence"] == pytest.approx(table.label.mean())
         assert entry["n_groups"] == table.group.nunique()
         np.testing.assert_allclose(table.score_OPACITY, 1 / (1 + np.exp(-table.logit_OPACITY)))
         assert {"domain", "view"} <= set(table.columns)
-        predicted = table.score_OPACITY >= results["threshold"]["value"]
+        predicted = table.logit_OPACITY >= results["threshold"]["logit"]
         confusion = [[int(((table.label == t) & (predicted == p)).sum()) for p in (False, True)] for t in (0, 1)]
         assert entry["confusion"] == confusion
     assert results["test_openings"] == {"count": 1, "configurations": 1}
@@ -167,7 +183,9 @@ def test_three_classes_with_one_absent_from_val(tmp_path: Path) -> None:
                 image = drawing.integers(0, 255, (32, 32), dtype=np.uint8)
                 assert cv2.imwrite(str(folder / f"{number}.png"), image)
     shutil.rmtree(tmp_path / "images" / "val" / "c")
-    assert run(["data", "pack", str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--workers", "1"]) == 0
+    (tmp_path / "key").write_text("5a" * 32)
+    pack = ["data", "pack", str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--workers", "1"]
+    assert run([*pack, "--key-file", str(tmp_path / "key")]) == 0
     command = ["train", *_SMOKE, "--set", f"data.shards={tmp_path / 'set'}", "--set", "train.class_weights=balanced"]
     assert run([*command, "--run-dir", str(tmp_path / "run"), "--test"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -177,10 +195,13 @@ def test_three_classes_with_one_absent_from_val(tmp_path: Path) -> None:
     assert val["macro"]["n_defined"] == 2
     table = pq.read_table(tmp_path / "run" / "predictions" / "test.parquet").to_pandas()
     scores = table[["score_a", "score_b", "score_c"]].to_numpy()
-    assert test["macro"]["auc"] == pytest.approx(roc_auc_score(table.label, scores, multi_class="ovr"), abs=1e-12)
+    # Ranked by log-odds: scores of a network this raw may be 1.0 to the last bit.
+    aucs = [roc_auc_score(table.label == k, table[f"logit_{name}"]) for k, name in enumerate("abc")]
+    assert test["macro"]["auc"] == pytest.approx(sum(aucs) / 3, abs=1e-12)
     np.testing.assert_allclose(scores.sum(axis=1), 1)
     confusion = np.zeros((3, 3), int)
-    np.add.at(confusion, (table.label, scores.argmax(axis=1)), 1)
+    logits = table[["logit_a", "logit_b", "logit_c"]].to_numpy()
+    np.add.at(confusion, (table.label, logits.argmax(axis=1)), 1)
     assert test["confusion"] == confusion.tolist()
     assert any("calibrated" in caution for caution in results["cautions"])
 
