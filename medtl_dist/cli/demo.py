@@ -52,5 +52,5 @@ def demo(
         typer.echo(line)
     config = load_config(preset="demo", overrides=[f"data.shards={place / 'shards'}", f"cluster.num_workers={workers}"])
     typer.echo(f"training {config.model.backbone} on {workers} worker{'s' if workers != 1 else ''}")
-    run_train(config, place / "run", resume=False, test=bool(dataset.shards("test")))
+    run_train(config, place / "run", resume=False, test="test" in dataset.splits)
     typer.echo(f"done in {time.monotonic() - began:.0f} s")

@@ -186,7 +186,8 @@ def conclude(session: Session, *, open_test: bool) -> None:
     """Score the best checkpoint on val, and on test where asked, and write predictions, history and results. Collective."""
     run = session.run
     best = _best_checkpoint(session)
-    session.network.model.load_state_dict(checkpoint.load(run.folder, best["checkpoint"])[0])
+    weights = agreed(lambda: checkpoint.load(run.folder, best["checkpoint"])[0])
+    session.network.model.load_state_dict(weights)
     splits = ["val"] + (["test"] if open_test else [])
     scored: dict[str, Predictions] = {}
     for split in splits:

@@ -225,7 +225,8 @@ def _restore(session: Session, step: int) -> None:
         )
     session.network.model.load_state_dict(weights)
     session.optimizer.load_state_dict(state["optimizer"])
-    session.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run began without loss scaling
+        session.scaler.load_state_dict(state["scaler"])
     position = session.position
     position.epoch, position.step, position.global_step = meta["epoch"], meta["step"], meta["global_step"]
     position.loss_total, position.weight_total = meta["loss_total"], meta["weight_total"]

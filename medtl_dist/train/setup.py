@@ -125,10 +125,13 @@ def average_buffers(model: nn.Module) -> None:
     """Give every rank the mean of the ranks' floating-point buffers (BatchNorm statistics), so that they score alike."""
     if not collectives.active():
         return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(dist.get_world_size())
+    for module in model.modules():
+        if not module.training:  # frozen: its statistics are equal already, and (x + x + x) / 3 is not always x
+            continue
+        for buffer in module.buffers(recurse=False):
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(dist.get_world_size())
 
 
 def scorer_of(config: Config, network: Network) -> Scorer:
