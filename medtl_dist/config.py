@@ -5,6 +5,7 @@ A bad value cannot exist (pydantic, frozen) and a typo teaches: an unknown key's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -315,10 +316,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {text}: expected section.key=value, for example --set optim.lr=0.001")
-    try:
-        leaf: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        leaf = value
+    leaf: Any = value
+    if parts not in (["data", "shards"], ["model", "weights"]):  # a path is no YAML: " #" and ": " may occur in it
+        with contextlib.suppress(yaml.YAMLError):
+            leaf = yaml.safe_load(value)
     for part in reversed(parts):
         leaf = {part: leaf}
     return leaf

@@ -50,7 +50,9 @@ def demo(
         dataset = pack(source, place / "shards", PackOptions(columns=columns, image_size_px=_IMAGE_SIZE_PX), progress)
     for line in summary(dataset):
         typer.echo(line)
-    config = load_config(preset="demo", overrides=[f"data.shards={place / 'shards'}", f"cluster.num_workers={workers}"])
+    config = load_config(preset="demo", overrides=[f"cluster.num_workers={workers}"])
+    # A path is set as it is: through an override it would be read as YAML, where " #" begins a comment.
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shards": str(place / "shards")})})
     typer.echo(f"training {config.model.backbone} on {workers} worker{'s' if workers != 1 else ''}")
     run_train(config, place / "run", resume=False, test="test" in dataset.splits)
     typer.echo(f"done in {time.monotonic() - began:.0f} s")

@@ -46,6 +46,11 @@ def test_precedence_is_preset_then_file_then_override(tmp_path) -> None:
     assert (config.optim.name, config.optim.lr, config.train.epochs, config.optim.momentum) == ("sgd", 0.5, 9, 0.1)
 
 
+def test_a_path_is_taken_as_it_is() -> None:
+    for path in ("/data/exp #1/set", "/data/exp: 1/set", "007", "null"):
+        assert load_config(overrides=[f"data.shards={path}"]).data.shards == path
+
+
 def test_a_resolved_config_repeats_itself() -> None:
     config = load_config(preset="resnet101_head", overrides=["data.shards=x", "model.frozen_depth=3"])
     assert validate(parse_yaml(config.to_yaml(), "test")) == config
