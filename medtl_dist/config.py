@@ -198,8 +198,11 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """Hex digest of what decides the numbers: the tree less ``cluster`` and where the shards and CPUs are."""
-        tree = self.model_dump(mode="json", exclude={"cluster": True, "data": {"shards", "loader_workers"}})
+        """Hex digest of what decides the numbers: the tree less ``cluster``, places and time-outs."""
+        tree = self.model_dump(
+            mode="json",
+            exclude={"cluster": True, "data": {"shards", "loader_workers"}, "train": {"collective_timeout_s"}},
+        )
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -292,7 +295,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
     a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-    place = ("cluster.", "data.shards", "data.loader_workers")
+    place = ("cluster.", "data.shards", "data.loader_workers", "train.collective_timeout_s")
     return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key] and not key.startswith(place)]
 
 

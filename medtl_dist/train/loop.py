@@ -43,6 +43,10 @@ def fit(config: Config, run: Run, *, open_test: bool = False) -> None:
         while not finished(session):
             timing = train_epoch(session)
             close_epoch(session, timing)
+            if not finished(session) and _told_to_stop(session):
+                raise Interrupted(
+                    f"stopped as asked after epoch {session.position.epoch}; the same command with --resume goes on."
+                )
         conclude(session, open_test=open_test)
     finally:
         session.loader.close()
@@ -94,7 +98,9 @@ def train_epoch(session: Session) -> dict[str, float]:
             session.journal.progress(
                 _progress(session, position.step - first_step, elapsed, waited, float(loss) / max(own_weight, 1e-12))
             )
-        if position.global_step % _POLL_EVERY_STEPS == 0 and session.run.poll() is Signal.CHECKPOINT_AND_STOP:
+        # Not at the last step: the epoch's own checkpoint comes next, and fit asks again after it.
+        within = position.step < session.plan.num_steps
+        if within and position.global_step % _POLL_EVERY_STEPS == 0 and _told_to_stop(session):
             _close_losses(session, loss_here, last)
             save(session)
             raise Interrupted(
@@ -106,6 +112,10 @@ def train_epoch(session: Session) -> dict[str, float]:
         return {"train_s": 0.0, "images_per_s": 0.0, "data_wait_fraction": 0.0}
     images = steps_done * config.data.global_batch_size
     return {"train_s": elapsed, "images_per_s": images / elapsed, "data_wait_fraction": waited / elapsed}
+
+
+def _told_to_stop(session: Session) -> bool:
+    return session.run.poll() is Signal.CHECKPOINT_AND_STOP
 
 
 def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:

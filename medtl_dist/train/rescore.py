@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from medtl_dist import collectives
-from medtl_dist.errors import DataError, UserError
+from medtl_dist.config import Config
+from medtl_dist.data.shards import Dataset
+from medtl_dist.errors import DataError, MedtlError, UserError
 from medtl_dist.run import LocalRun
 from medtl_dist.train import checkpoint, results
-from medtl_dist.train.evaluate import score_split
+from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.session import agreed, disk_error
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
 
 
@@ -38,20 +41,34 @@ def evaluate_run(run: LocalRun, split: str) -> dict[str, Any]:
     if not dataset.shards(split):
         raise UserError(f"{dataset.folder} has no {split} images; its splits: {', '.join(dataset.splits)}.")
     network = create_network(config, dataset, device=run.device, rank=run.rank, load_weights=False)
-    weights, _, meta = checkpoint.load(folder, known["best_checkpoint"])
+    weights, _, meta = agreed(lambda: checkpoint.load(folder, known["best_checkpoint"]))
     if meta["classes"] != list(dataset.classes):
         raise DataError(f"{folder.path}: its checkpoint was trained for other classes.")
     network.model.load_state_dict(weights)
     predictions = score_split(scorer_of(config, network), dataset, split, rank=run.rank, world_size=run.world_size)
     entry: dict[str, Any] = {}
+    failure: MedtlError | None = None
     if predictions is not None:
-        if split == "test":
-            known["test_openings"] = results.note_opening(config, dataset, folder)
-        results.write_predictions(folder, dataset, split, predictions)
-        entry = results.summarise_split(config, dataset, split, predictions, known["threshold"])
-        known["splits"][split] = entry
-        known["headline"] = results.headline(known["splits"])
-        known["cautions"] = results.cautions(config, dataset, known["model"]["weights"], known["splits"])
-        results.write_results(folder, known)
-    collectives.largest(0)
+        try:
+            entry = _record(config, run, dataset, split, predictions, known)
+        except MedtlError as error:
+            failure = error
+        except OSError as error:
+            failure = disk_error(run, error)
+    collectives.raise_together(failure)
+    return entry
+
+
+def _record(
+    config: Config, run: LocalRun, dataset: Dataset, split: str, predictions: Predictions, known: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the split's predictions and its entry of the results, and return the entry."""
+    if split == "test":
+        known["test_openings"] = results.note_opening(config, dataset, run.folder)
+    results.write_predictions(run.folder, dataset, split, predictions)
+    entry = results.summarise_split(config, dataset, split, predictions, known["threshold"])
+    known["splits"][split] = entry
+    known["headline"] = results.headline(known["splits"])
+    known["cautions"] = results.cautions(config, dataset, known["model"]["weights"], known["splits"])
+    results.write_results(run.folder, known)
     return entry

@@ -121,6 +121,19 @@ def test_evaluate_repeats_the_numbers_and_counts_the_opening(trained: Path, tmp_
     assert json.loads((folder / "results.json").read_text())["splits"]["val"] == before["splits"]["val"]
 
 
+def test_a_run_folder_that_cannot_be_written_is_one_line(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medtl_dist.run.os.replace", full)
+    before = (folder / "results.json").read_bytes()
+    _fails(["evaluate", str(folder)], 5, "No space left on device", capsys=capsys)
+    assert (folder / "results.json").read_bytes() == before
+
+
 def _fails(arguments: list[str], code: int, *parts: str, capsys) -> None:
     assert run(arguments) == code
     captured = capsys.readouterr()

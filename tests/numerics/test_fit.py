@@ -88,7 +88,7 @@ def _three_histories(rank: int, world_size: int, config: Config, folder: str) ->
         fit(config, killed)
     fit(config, _run(Path(folder) / "killed", rank, world_size))
     stopped = _run(Path(folder) / "stopped", rank, world_size)
-    stopped.stop_at_poll = 1  # after step 5, the first of epoch 1
+    stopped.stop_at_poll = 2  # after epoch 0, then after step 5, the first of epoch 1
     with pytest.raises(Interrupted):
         fit(config, stopped)
     fit(config, _run(Path(folder) / "stopped", rank, world_size))
@@ -119,6 +119,20 @@ def test_a_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(
         )
         entries = [json.loads((run / "results.json").read_text())["splits"] for run in (whole, other)]
         assert entries[0] == entries[1]
+
+
+def test_a_stop_at_an_epochs_last_step_keeps_that_epochs_checkpoint(shards: str, tmp_path: Path) -> None:
+    config = _config(
+        shards, "data.global_batch_size=5"
+    )  # 5 steps an epoch: the poll of step 5 is left to the epoch's end
+    stopped = _run(tmp_path, 0, 1)
+    stopped.stop_at_poll = 1
+    with pytest.raises(Interrupted, match="after epoch 1"):
+        fit(config, stopped)
+    assert checkpoint.steps(Folder.local(tmp_path)) == [5]
+    assert checkpoint.load_meta(Folder.local(tmp_path), 5)["step"] == 0
+    fit(config, _run(tmp_path, 0, 1))
+    assert (tmp_path / "results.json").is_file()
 
 
 def _scores(rank: int, world_size: int, config: Config, folder: str) -> dict[str, list[float]] | None:
