@@ -62,6 +62,7 @@ class Folder:
             if local:
                 _sync(place)
                 os.replace(place, target)
+                _sync(os.path.dirname(target))  # the new name, too, survives a power cut
         except OSError:
             if local and os.path.exists(place):
                 os.unlink(place)

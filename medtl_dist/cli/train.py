@@ -49,7 +49,7 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     from medtl_dist.run import Folder
     from medtl_dist.train import results
     from medtl_dist.train.run_folder import opened_run_folder
-    from medtl_dist.train.session import check_inputs
+    from medtl_dist.train.session import check_inputs, check_same_data
 
     config = _with_absolute_paths(config)
     run_dir = run_dir.absolute()
@@ -57,7 +57,10 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     with opened_run_folder(run_dir, config, resume=resume) as folder:
         place = Folder.local(folder)
         done = place.exists("results.json")
-        if not done or (test and "test" not in results.read_results(place)["splits"]):
+        if done:
+            check_same_data(config, results.read_results(place), run_dir)
+            done = not test or "test" in results.read_results(place)["splits"]
+        if not done:
             with following(folder):
                 _train_somewhere(config, folder, test=test)
         report_path = build_report(folder)

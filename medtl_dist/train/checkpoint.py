@@ -104,11 +104,15 @@ def load_meta(folder: Folder, step: int) -> dict[str, Any]:
     return json.loads(verify(folder, step)["meta.json"])
 
 
-def retain(folder: Folder, best_step: int | None) -> None:
-    """Delete all but the best checkpoint and the last two."""
+def retain(folder: Folder, *, best: int | None, newest: int) -> None:
+    """Delete all but the best checkpoint, ``newest`` and the one before it.
+
+    What lies beyond ``newest`` did not verify when the run went on from an older checkpoint: it goes too.
+    """
     present = steps(folder)
-    for step in present[:-2]:
-        if step != best_step:
+    kept = {best, *[step for step in present if step <= newest][-2:]}
+    for step in present:
+        if step not in kept:
             folder.delete_tree(_place(step))
 
 

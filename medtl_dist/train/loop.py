@@ -228,12 +228,14 @@ def _best_checkpoint(session: Session) -> dict[str, Any]:
     failure: MedtlError | None = None
     if session.run.rank == 0:
         rows = list(session.position.history)
+        best = best_row(rows)
         while chosen is None and (row := best_row(rows)) is not None:
             try:
                 checkpoint.verify(session.run.folder, row["checkpoint"])
                 chosen = row
             except DataError as error:
-                if row["checkpoint"] in checkpoint.steps(session.run.folder):
+                # Epochs that were never the best have had their checkpoints deleted on purpose: no news.
+                if row is best or row["checkpoint"] in checkpoint.steps(session.run.folder):
                     session.journal.note(f"best checkpoint passed over: {error.message}")
                 rows.remove(row)
         if chosen is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from medtl_dist.config import Config, differing_keys, load_config
 from medtl_dist.errors import UserError
+from medtl_dist.run import Folder
 
 
 def default_run_folder(config: Config) -> Path:
@@ -35,6 +36,7 @@ def opened_run_folder(folder: Path, config: Config, *, resume: bool) -> Iterator
         raise UserError(f"{folder} is not a run folder, but it is not empty either; name another with --run-dir.")
     if used and not resume:
         raise UserError(f"{folder} already holds a run; add --resume to go on with it, or name another with --run-dir.")
+    before: Config | None = None
     if used:
         before = load_config(file=folder / "config.yaml")
         if before.sha256() != config.sha256():
@@ -52,10 +54,11 @@ def opened_run_folder(folder: Path, config: Config, *, resume: bool) -> Iterator
             raise UserError(
                 f"{folder}: another process is training in this run folder; wait for it or stop it."
             ) from None
-        if not used:
-            temporary = folder / "config.yaml.tmp"
-            temporary.write_text(config.to_yaml(), encoding="utf-8")
-            temporary.replace(folder / "config.yaml")
+        if before != config:  # new, or what its hash leaves out has changed: the shards have moved, other workers
+            try:
+                Folder.local(folder).write("config.yaml", config.to_yaml().encode())
+            except OSError as error:
+                raise UserError(f"{folder}: the run folder can't be written ({error.strerror}).") from None
         yield folder
 
 

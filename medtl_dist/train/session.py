@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -144,6 +145,14 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     )
 
 
+def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path) -> None:
+    """Whether a finished run's results are of the config's data set. Raises UserError."""
+    if open_shards(config).sha256 != results["provenance"]["dataset_sha256"]:
+        raise UserError(
+            f"{run_folder}: its results are of another data set than {config.data.shards}; use a new run folder."
+        )
+
+
 def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:
     """The epoch's order of the training split. Raises UserError where there are too few images for one step."""
     return train_plan(
@@ -194,7 +203,7 @@ def save(session: Session) -> None:
             checkpoint.save(
                 run.folder, position.global_step, weights=session.network.model.state_dict(), state=state, meta=meta
             )
-            checkpoint.retain(run.folder, best["checkpoint"] if best else None)
+            checkpoint.retain(run.folder, best=best["checkpoint"] if best else None, newest=position.global_step)
         except OSError as error:
             failure = disk_error(run, error)
     collectives.raise_together(failure)

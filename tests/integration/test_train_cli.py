@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from medtl_dist.cli.main import run
+from medtl_dist.config import load_config
 from medtl_dist.demo_data import write_demo_images
 
 _MEDTL = [sys.executable, "-m", "medtl_dist.cli.main"]
@@ -119,6 +120,21 @@ def test_evaluate_repeats_the_numbers_and_counts_the_opening(trained: Path, tmp_
     assert "AUC" in capsys.readouterr().out
     assert run(["evaluate", str(folder)]) == 0
     assert json.loads((folder / "results.json").read_text())["splits"]["val"] == before["splits"]["val"]
+
+
+def test_a_run_follows_its_set_to_another_place_but_not_to_another_set(
+    trained: Path, shards: Path, tmp_path: Path, capsys
+) -> None:
+    folder, moved = tmp_path / "copy", tmp_path / "exp #1: moved"
+    shutil.copytree(trained, folder)
+    shutil.copytree(shards, moved)
+    command = ["train", *_SMOKE, "--run-dir", str(folder), "--resume", "--set"]
+    assert run([*command, f"data.shards={moved}"]) == 0
+    assert load_config(file=folder / "config.yaml").data.shards == str(moved)
+    assert run(["evaluate", str(folder)]) == 0
+    capsys.readouterr()
+    (moved / "dataset.json").write_text((moved / "dataset.json").read_text() + " ")
+    _fails([*command, f"data.shards={moved}"], 2, "another data set", capsys=capsys)
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:

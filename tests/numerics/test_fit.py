@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,17 @@ def test_a_stop_at_an_epochs_last_step_keeps_that_epochs_checkpoint(shards: str,
     assert checkpoint.load_meta(Folder.local(tmp_path), 5)["step"] == 0
     fit(config, _run(tmp_path, 0, 1))
     assert (tmp_path / "results.json").is_file()
+
+
+def test_a_lost_best_checkpoint_is_told(shards: str, tmp_path: Path) -> None:
+    config = _config(shards, "train.seed=3")  # its best epoch is not the last, whose checkpoint a resume starts from
+    fit(config, _run(tmp_path, 0, 1))
+    best = json.loads((tmp_path / "results.json").read_text())["best_checkpoint"]
+    assert best != checkpoint.steps(Folder.local(tmp_path))[-1]
+    shutil.rmtree(tmp_path / "checkpoints" / f"{best:08d}")
+    fit(config, _run(tmp_path, 0, 1))
+    assert json.loads((tmp_path / "results.json").read_text())["best_checkpoint"] != best
+    assert f"best checkpoint passed over: {tmp_path}/checkpoints/{best:08d}" in (tmp_path / "log.jsonl").read_text()
 
 
 def _scores(rank: int, world_size: int, config: Config, folder: str) -> dict[str, list[float]] | None:

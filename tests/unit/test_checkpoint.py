@@ -88,7 +88,19 @@ def test_best_and_the_last_two_are_kept(tmp_path) -> None:
     folder = Folder.local(tmp_path)
     for step in (1, 2, 3, 4, 5):
         _save(folder, step)
-        checkpoint.retain(folder, best_step=2 if step >= 2 else None)
+        checkpoint.retain(folder, best=2 if step >= 2 else None, newest=step)
+    assert checkpoint.steps(folder) == [2, 4, 5]
+
+
+def test_damaged_newer_folders_are_not_among_the_last_two(tmp_path) -> None:
+    folder = Folder.local(tmp_path)
+    for step in (2, 4, 8, 9):
+        _save(folder, step)
+    for step in (8, 9):
+        (tmp_path / "checkpoints" / f"{step:08d}" / "state.pt").unlink()
+    assert checkpoint.latest(folder, lambda _: None) == 4
+    _save(folder, 5)  # the run went on from 4
+    checkpoint.retain(folder, best=2, newest=5)
     assert checkpoint.steps(folder) == [2, 4, 5]
 
 

@@ -529,10 +529,11 @@ def test_a_wrong_value_anywhere_is_reported_or_drawn_but_never_a_crash(
 
 
 def test_unknown_keys_of_a_newer_tool_are_ignored(copy: Path) -> None:
+    before = build_report(copy).read_bytes()
     results = results_of(copy)
     results["new"] = {"a": 1}
     results["splits"]["test"]["new"] = 1
-    build_report(rewrite(copy, results))
+    assert build_report(rewrite(copy, results)).read_bytes() == before
 
 
 def test_report_is_repeatable_and_replaced_whole(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
