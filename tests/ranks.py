@@ -7,6 +7,7 @@ import os
 import queue
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +58,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 def _work(rank: int, world_size: int, store: str, results: Any, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    warnings.simplefilter("error")  # as in pytest's own process
     error = value = None
     try:
         dist.init_process_group(

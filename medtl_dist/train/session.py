@@ -255,7 +255,7 @@ def _wrap(config: Config, network: Network, channels: int, own_batch: int) -> nn
     device_ids = [network_device(network)] if network_device(network).type == "cuda" else None
     # BatchNorm statistics are averaged over the ranks before each evaluation, not copied from rank 0 at every step.
     wrapped = DistributedDataParallel(
-        network.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        network.model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
     # DDP rebuilds its buckets after the first backward, and gloo's sums depend on the place in a bucket. One discarded
     # backward here, before any state is loaded, makes a resumed run add in the same order as an undisturbed one.

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from medtl_dist.cli.main import run
 from medtl_dist.config import load_config
@@ -97,11 +97,20 @@ def test_reported_numbers_are_scikit_learns_on_the_predictions(trained: Path, sh
         confusion = [[int(((table.label == t) & (predicted == p)).sum()) for p in (False, True)] for t in (0, 1)]
         assert entry["confusion"] == confusion
     assert results["test_openings"] == {"count": 1, "configurations": 1}
-    assert results["threshold"]["fixed_on"] == "val"
+    val = pq.read_table(trained / "predictions" / "val.parquet").to_pandas()
+    wrong, right, _ = roc_curve(val.label, val.logit_OPACITY)
+    called = val.logit_OPACITY >= results["threshold"]["logit"]
+    assert called[val.label == 1].mean() - called[val.label == 0].mean() == pytest.approx(
+        (right - wrong).max()
+    )  # Youden, on val
 
 
 def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path) -> None:
     assert run(["train", "--config", str(trained / "config.yaml"), "--run-dir", str(tmp_path / "again")]) == 0
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert results["test_openings"] is None  # nobody asked for test, so nobody opened it
+    assert list(results["splits"]) == ["val"]
+    assert not (tmp_path / "test_openings.jsonl").exists()
     one, again = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (trained, tmp_path / "again"))
     weights = load_file(one / "model.safetensors")
     for name, tensor in load_file(again / "model.safetensors").items():

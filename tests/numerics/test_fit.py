@@ -14,13 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shard_sets import write_set
 from torch import nn
 
 from medtl_dist.config import Config, load_config
 from medtl_dist.data.shards import read_split
+from medtl_dist.data.stream import eval_batches
 from medtl_dist.errors import DataError, Interrupted, TrainingError, UserError
+from medtl_dist.models.backbones import create_model
+from medtl_dist.models.normalise import Normalisation, normalise
 from medtl_dist.run import Folder, LocalRun, Run, Signal
 from medtl_dist.train import checkpoint
 from medtl_dist.train.evaluate import score_split
@@ -167,6 +170,61 @@ def test_a_checkpoint_scores_alike_at_every_world_size(shards: str, tmp_path: Pa
         together = run_ranks(world_size, _scores, config, str(tmp_path))
         assert together[0] == alone  # key by key, every bit
         assert together[1:] == [None] * (world_size - 1)
+
+
+def test_scores_are_the_models_in_eval_and_leave_it_as_it_was(shards: str, tmp_path: Path) -> None:
+    session = start(_config(shards), _run(tmp_path, 0, 1))
+    model, scorer = session.network.model, session.scorer
+    train_epoch(session)  # BatchNorm statistics that are neither the initial ones nor a batch's
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predictions = score_split(scorer, session.dataset, "val", rank=0, world_size=1)
+    assert predictions is not None
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.eval()
+    expected = {}
+    with torch.no_grad():
+        for batch in eval_batches(session.dataset, "val", transform=scorer.transform, batch_size=scorer.batch_size):
+            outputs = model(normalise(batch.images, scorer.normalisation))
+            expected |= dict(zip(batch.keys, outputs[: batch.num_real].numpy(), strict=True))
+    for key, outputs in zip(predictions.keys, predictions.outputs, strict=True):
+        np.testing.assert_allclose(outputs, expected[key], rtol=1e-5, atol=1e-6)
+    session.loader.close()
+    session.journal.close()
+
+
+def _fit(rank: int, world_size: int, config: Config, folder: str) -> None:
+    fit(config, _run(Path(folder), rank, world_size))
+
+
+def test_frozen_stages_keep_every_bit_on_three_ranks(shards: str, tmp_path: Path) -> None:
+    created = create_model(
+        "resnet18",
+        num_outputs=2,
+        in_channels=1,
+        weights="random",
+        normalisation=Normalisation((0.449,), (0.226,)),
+        seed=1,
+    )
+    given = created.model.state_dict()
+    drawing = torch.Generator().manual_seed(0)
+    for name, tensor in given.items():  # values that a mean over three ranks would move by a bit
+        if "running" in name:
+            middle, width = (1.0, 1.0) if "var" in name else (0.0, 0.2)
+            tensor.copy_(middle + width * (torch.rand(tensor.shape, generator=drawing) - 0.5))
+    save_file({name: tensor.contiguous() for name, tensor in given.items()}, tmp_path / "w.safetensors")
+    config = _config(
+        shards,
+        f"model.weights={tmp_path / 'w.safetensors'}",
+        "model.frozen_depth=3",
+        "train.epochs=1",
+    )
+    run_ranks(3, _fit, config, str(tmp_path / "run"))
+    trained = load_file(tmp_path / "run" / "checkpoints" / "00000004" / "model.safetensors")
+    frozen = [name for name in given if name.startswith(("conv1", "bn1", "layer1", "layer2"))]
+    assert any("running_var" in name for name in frozen)
+    for name in given:
+        assert torch.equal(trained[name], given[name]) == (name in frozen), name
 
 
 def _train_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:

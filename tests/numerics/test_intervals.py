@@ -103,12 +103,19 @@ def studies(draw: st.DrawFn, mixed: bool | None = None) -> tuple[np.ndarray, np.
     return labels[order], first[order], second[order], names[order]
 
 
-def test_delongs_ovarian_example_has_the_published_numbers() -> None:
-    """Published: SAS/STAT User's Guide, PROC LOGISTIC, example "Comparing Receiver Operating Characteristic Curves"."""
+def test_delongs_ovarian_example() -> None:
+    """DeLong's data as the SAS/STAT User's Guide prints them (PROC LOGISTIC, "Comparing Receiver Operating Characteristic
+    Curves"). The figures are that page's output as remembered, not as read: the independent reference is the double loop.
+    """
     data = np.array(OVARIAN.split(), dtype=float).reshape(-1, 4)
     labels = data[:, 3].astype(int)
     tests = {"albumin": data[:, 0], "protein": data[:, 1], "K-G": 10 - data[:, 2]}
     assert (len(labels), labels.sum()) == (43, 31)
+    aucs, covariance = slow_delong(labels, list(tests.values()))
+    for k, scores in enumerate(tests.values()):
+        found = auc_interval(labels, scores)
+        assert found.auc == pytest.approx(aucs[k], abs=1e-12)
+        assert found.variance == pytest.approx(covariance[k, k], abs=1e-12)
     for name, auc, error in [("albumin", 0.7366, 0.0927), ("K-G", 0.7258, 0.1028), ("protein", 0.6478, 0.1000)]:
         found = auc_interval(labels, tests[name])
         assert found.variance is not None
