@@ -244,6 +244,35 @@ def test_three_classes_with_one_absent_from_val(tmp_path: Path) -> None:
     assert any("calibrated" in caution for caution in results["cautions"])
 
 
+def test_patients_as_the_unit(shards: Path, tmp_path: Path) -> None:
+    """``evaluate.unit=patient``: a patient's score is its images' largest, and the threshold is fixed on val's patients."""
+    command = [
+        "train",
+        *_SMOKE,
+        "--set",
+        f"data.shards={shards}",
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "evaluate.unit=patient",
+    ]
+    assert run([*command, "--set", "evaluate.aggregate=max", "--run-dir", str(tmp_path / "run"), "--test"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for split in ("val", "test"):
+        table = pq.read_table(tmp_path / "run" / "predictions" / f"{split}.parquet").to_pandas()
+        patients = table.groupby("group")[["label", "logit_OPACITY"]].max()
+        entry = results["splits"][split]
+        assert entry["unit"] == "patient"
+        assert entry["n"] == len(patients) < len(table)
+        assert entry["auc"] == pytest.approx(roc_auc_score(patients.label, patients.logit_OPACITY), abs=1e-12)
+        assert entry["other_level"]["auc"] == pytest.approx(roc_auc_score(table.label, table.logit_OPACITY), abs=1e-12)
+        if split == "val":
+            wrong, right, _ = roc_curve(patients.label, patients.logit_OPACITY)
+            called = patients.logit_OPACITY >= results["threshold"]["logit"]
+            found = called[patients.label == 1].mean() - called[patients.label == 0].mean()
+            assert found == pytest.approx((right - wrong).max())
+
+
 def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [
