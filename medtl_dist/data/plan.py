@@ -12,6 +12,12 @@ Training (``train_plan``). P lanes, P the largest divisor of the global batch B 
 So step s holds the same samples in the same order at every world size (parts joined in lane order), all ranks make
 equally many steps, and nothing here grows with the number of samples, only with the number of runs.
 
+Weighted sampling (``Weighting``): a sample of weight w appears ⌊w⌋ or ⌈w⌉ times an epoch, each stratum (class or domain)
+equally often every epoch. A shard then stands for *virtual rows*: round after round, first every sample that appears at
+all, then those that appear twice, … The runs are cut from the rounds, so the rest holds as it is, repeats of a sample lie
+in different runs, and the numbers of samples per shard and stratum still suffice; ``virtual_rows`` tells which sample a
+virtual row is, once the reader knows the strata of a shard's samples.
+
 Evaluation (``eval_plan``): batches of consecutive samples in index order, each sample once, whoever reads them.
 
 Randomness is Philox4x64-10 (Salmon et al., SC 2011), keyed by (seed, epoch) and counted by (purpose, lane, window).
@@ -21,6 +27,7 @@ version (NEP 19), which it does not of ``Generator.permutation``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +43,10 @@ RUN_SAMPLES = 128
 RUN_BYTES = 2 * 2**20
 RUNS_PER_WINDOW = 2
 
+MAX_WEIGHT = 100  # rounds of a shard; the plan's memory grows with them
+
 # Word 3 of Philox's counter: streams of different purpose never meet.
-_RUN_ORDER, _TURN, _WINDOW = 0, 1, 2
+_RUN_ORDER, _TURN, _WINDOW, _QUOTA, _CHOICE = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,67 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Weighting:
+    """How often the samples of each stratum appear in an epoch.
+
+    Attributes:
+        counts: int64 [shards, strata], samples.
+        totals: int64 [strata], appearances per epoch of all samples of the stratum together; its weight is
+            ``totals / counts.sum(0)``.
+    """
+
+    counts: IntArray
+    totals: IntArray
+
+    def virtual_rows(self, shard: int, strata: IntArray, seed: int, epoch: int) -> IntArray:
+        """The samples that a shard's virtual rows stand for in an epoch, rising within each round.
+
+        Args:
+            strata: int64 [samples of the shard], the stratum of each.
+
+        Raises: ValueError, other numbers of samples per stratum than the plan was made from.
+        """
+        num_strata = len(self.totals)
+        if not np.array_equal(np.bincount(strata, minlength=num_strata), self.counts[shard]):
+            raise ValueError(f"shard {shard} holds other strata than the plan was made from")
+        whole, extra = self._quota(seed, epoch)
+        times = whole[strata]
+        for stratum in range(num_strata):
+            rows = np.flatnonzero(strata == stratum)
+            chosen = _permutation(len(rows), seed, epoch, (_CHOICE, stratum, shard))[: int(extra[shard, stratum])]
+            times[rows[chosen]] += 1
+        rounds = [np.flatnonzero(times > number) for number in range(int(times.max(initial=0)))]
+        return np.concatenate([np.zeros(0, np.int64), *rounds])
+
+    def _rounds(self, seed: int, epoch: int) -> IntArray:
+        """int64 [shards, rounds]: samples of each round of each shard."""
+        whole, extra = self._quota(seed, epoch)
+        sizes = [
+            np.where(number < whole, self.counts, np.where(number == whole, extra, 0)).sum(axis=1)
+            for number in range(int(whole.max(initial=0)) + 1)
+        ]
+        return np.stack(sizes, axis=1)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - asked for every shard of an epoch; holds at most four plans' arrays
+    def _quota(self, seed: int, epoch: int) -> tuple[IntArray, IntArray]:
+        """int64 [strata], how often each sample appears at least; [shards, strata], how many appear once more.
+
+        The extra ones are dealt along the shards in proportion, from a seeded start: in whole numbers, so that they
+        add up to the same every epoch, and every sample has the same chance.
+        """
+        samples = np.maximum(self.counts.sum(axis=0), 1)
+        whole = self.totals // samples
+        rest = self.totals - whole * samples
+        turn = (_raw(len(samples), seed, epoch, (_QUOTA, 0, 0)) % samples.astype(np.uint64)).astype(np.int64)
+        before = np.concatenate([np.zeros((1, len(samples)), np.int64), np.cumsum(self.counts, axis=0)])
+        return whole, np.diff((before * rest + turn) // samples, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
 class EpochPlan:
     """One training epoch. ``_shard, _start`` (of each piece) and ``_edge`` (its first position; one longer, ends
-    with N) describe the turned ring of runs; the rest follows from them."""
+    with N) describe the turned ring of runs; the rest follows from them. With a ``weighting``, N counts appearances
+    and rows are virtual (see ``Weighting.virtual_rows``)."""
 
     num_samples: int
     num_steps: int
@@ -67,6 +134,7 @@ class EpochPlan:
     _shard: IntArray
     _start: IntArray
     _edge: IntArray
+    weighting: Weighting | None = None
 
     @property
     def lane_batch(self) -> int:
@@ -181,16 +249,20 @@ def train_plan(
     epoch: int,
     max_lanes: int = MAX_LANES,
     run_length: int = RUN_SAMPLES,
+    weighting: Weighting | None = None,
 ) -> EpochPlan:
     """The order of one training epoch over shards of the given numbers of samples.
 
     Raises: UserError, fewer samples than one global batch.
     """
     counts = _counts(shard_counts)
+    if weighting is not None and not np.array_equal(weighting.counts.sum(axis=1), counts):
+        raise ValueError("the strata do not add up to the shards' samples")
     if min(seed, epoch) < 0 or run_length < 1:
         raise ValueError(f"seed {seed} and epoch {epoch} must be ≥ 0, run_length {run_length} ≥ 1")
     num_lanes = lanes_for(global_batch_size, max_lanes)
-    num_samples = int(counts.sum())
+    rounds = counts[:, None] if weighting is None else weighting._rounds(seed, epoch)
+    num_samples = int(rounds.sum())
     num_steps = num_samples // global_batch_size
     if num_steps == 0:
         raise UserError(
@@ -199,7 +271,7 @@ def train_plan(
             if num_samples
             else "the training split is empty: pack a set that has training images"
         )
-    shard, start, length = _runs(counts, run_length)
+    shard, start, length = _runs(rounds, run_length)
     order = _permutation(len(length), seed, epoch, (_RUN_ORDER, 0, 0))
     shard, start, length = shard[order], start[order], length[order]
     # Turn the ring inside its first run: the run's head goes to the end.
@@ -209,7 +281,9 @@ def train_plan(
         start[0] += turn
         length[0] -= turn
     edge = np.concatenate([np.zeros(1, np.int64), np.cumsum(length)])
-    return EpochPlan(num_samples, num_steps, global_batch_size, num_lanes, run_length, seed, epoch, shard, start, edge)
+    return EpochPlan(
+        num_samples, num_steps, global_batch_size, num_lanes, run_length, seed, epoch, shard, start, edge, weighting
+    )
 
 
 def eval_plan(shard_counts: Sequence[int] | IntArray, batch_size: int) -> EvalPlan:
@@ -218,6 +292,36 @@ def eval_plan(shard_counts: Sequence[int] | IntArray, batch_size: int) -> EvalPl
     if batch_size < 1:
         raise UserError(f"an evaluation batch of {batch_size} samples is impossible: give 1 or more")
     return EvalPlan(int(counts.sum()), batch_size, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+
+
+def weigh(counts: IntArray, weights: Sequence[float] | None = None) -> Weighting:
+    """How often the samples of each stratum appear in an epoch.
+
+    Args:
+        counts: int64 [shards, strata], samples.
+        weights: per stratum, how often each of its samples appears on average; None: balanced, so that each stratum
+            that has samples appears equally often, in as many appearances altogether as there are samples.
+
+    Raises: UserError, a weight that is negative or beyond ``MAX_WEIGHT``.
+    """
+    samples = counts.sum(axis=0)
+    if weights is None:
+        present = samples > 0
+        share, rest = divmod(int(samples.sum()), max(int(present.sum()), 1))
+        totals = np.where(present, share, 0)
+        totals[np.flatnonzero(present)[:rest]] += 1
+    else:
+        asked = np.asarray(weights, np.float64)
+        if not np.isfinite(asked).all() or (asked < 0).any():
+            raise UserError(f"sampling weights {list(weights)}: numbers from 0 on expected")
+        totals = np.rint(asked * samples).astype(np.int64)
+    if (totals > MAX_WEIGHT * samples).any():
+        most = float((totals / np.maximum(samples, 1)).max())
+        raise UserError(
+            f"a sample would appear {most:.0f} times an epoch, more than {MAX_WEIGHT}: name lower "
+            "data.sampling_weights, or collect more samples of the rarest"
+        )
+    return Weighting(counts.astype(np.int64), totals.astype(np.int64))
 
 
 def lanes_for(global_batch_size: int, max_lanes: int = MAX_LANES) -> int:
@@ -250,14 +354,19 @@ def run_length_for(num_samples: int, mean_sample_bytes: float, num_lanes: int) -
     return max(1, min(RUN_SAMPLES, by_bytes, num_samples // (8 * num_lanes)))
 
 
-def _runs(counts: IntArray, run_length: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Shard, first row and length (int64 [runs] each) of every run: each shard cut into the fewest runs, equal ±1."""
-    num_runs = -(-counts // run_length)
-    shard = np.repeat(np.arange(len(counts), dtype=np.int64), num_runs)
-    number = np.arange(len(shard), dtype=np.int64) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
-    start = number * counts[shard] // num_runs[shard]
-    stop = (number + 1) * counts[shard] // num_runs[shard]
-    return shard, start, stop - start
+def _runs(rounds: IntArray, run_length: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Shard, first row and length (int64 [runs] each) of every run: each round cut into the fewest runs, equal ±1.
+
+    ``rounds``: int64 [shards, rounds], their lengths; the rows of a shard are its rounds laid end to end.
+    """
+    sizes = rounds.reshape(-1)
+    before = (np.cumsum(rounds, axis=1) - rounds).reshape(-1)
+    num_runs = -(-sizes // run_length)
+    piece = np.repeat(np.arange(len(sizes), dtype=np.int64), num_runs)
+    number = np.arange(len(piece), dtype=np.int64) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
+    start = number * sizes[piece] // num_runs[piece]
+    stop = (number + 1) * sizes[piece] // num_runs[piece]
+    return piece // rounds.shape[1], before[piece] + start, stop - start
 
 
 def _raw(count: int, seed: int, epoch: int, stream: tuple[int, int, int]) -> npt.NDArray[np.uint64]:

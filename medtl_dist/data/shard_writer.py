@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ class SetWriter:
         )
         self._shard: _Tar | None = None
         self._rows: list[dict[str, Any]] = []
+        self._classes: Counter[str] = Counter()
+        self._domains: Counter[str] = Counter()
         self._listed: list[dict[str, Any]] = []
         self._split = ""
         self._most = MAX_SHARD_SAMPLES
@@ -78,6 +81,9 @@ class SetWriter:
         described = {"class": facts.class_name, "label": facts.label, **kept}
         text = json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False)
         self._shard.add(f"{key}.json", text.encode("utf-8"))
+        self._classes[facts.class_name] += 1
+        if facts.domain is not None:
+            self._domains[facts.domain] += 1
         self._rows.append(
             {
                 "key": facts.key,
@@ -107,10 +113,20 @@ class SetWriter:
         if self._shard is None:
             return
         length, sha256 = self._shard.close()
-        entry = {"name": self._shard.name, "samples": len(self._rows), "bytes": length, "sha256": sha256}
+        # Counts per class and domain let a reader plan weighted sampling without the index.
+        entry = {
+            "name": self._shard.name,
+            "samples": len(self._rows),
+            "bytes": length,
+            "sha256": sha256,
+            "classes": dict(sorted(self._classes.items())),
+            "domains": dict(sorted(self._domains.items())),
+        }
         self._listed.append(entry)
         self._index.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
         self._shard, self._rows = None, []
+        self._classes.clear()
+        self._domains.clear()
 
     def finish(self) -> dict[str, Any]:
         """Close the index; its entry for ``dataset.json``."""

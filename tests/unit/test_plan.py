@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 from medtl_dist.data.plan import (
     EpochPlan,
     Piece,
+    Weighting,
     check_world_size,
     eval_plan,
     lanes_for,
     run_length_for,
     train_plan,
+    weigh,
 )
 from medtl_dist.errors import UserError
 
@@ -227,3 +230,141 @@ def test_the_module_needs_neither_torch_nor_webdataset() -> None:
     code = "import sys, medtl_dist.data.plan; print({'torch', 'webdataset', 'ray', 'cv2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+STRATA = st.lists(st.lists(st.integers(0, 12), min_size=3, max_size=3), min_size=1, max_size=6)
+WEIGHTS = st.lists(st.floats(0, 4), min_size=3, max_size=3)
+
+
+def drawn(weighting: Weighting, seed: int, epoch: int) -> list[Counter[int]]:
+    """Per shard, how often each of its samples appears; a shard's strata lie shuffled."""
+    found = []
+    for shard, counts in enumerate(weighting.counts):
+        strata = np.random.default_rng(shard).permutation(np.repeat(np.arange(3), counts))
+        rows = weighting.virtual_rows(shard, strata, seed, epoch)
+        seen = Counter(rows.tolist())
+        found.append(Counter({row: seen[row] for row in range(len(strata))}))
+    return found
+
+
+@MODEST
+@given(STRATA, WEIGHTS, st.integers(0, 99), st.integers(0, 99))
+def test_a_sample_of_weight_w_appears_floor_or_ceil_of_w_times_and_a_stratum_equally_often_every_epoch(
+    counts: list[list[int]], weights: list[float], seed: int, epoch: int
+) -> None:
+    weighting = weigh(np.array(counts), weights)
+    samples = np.sum(counts, axis=0)
+    totals = np.zeros(3, int)
+    for shard, times in enumerate(drawn(weighting, seed, epoch)):
+        strata = np.random.default_rng(shard).permutation(np.repeat(np.arange(3), counts[shard]))
+        for row, number in times.items():
+            stratum = strata[row]
+            realised = weighting.totals[stratum] / samples[stratum]
+            assert number in (math.floor(realised), math.ceil(realised))
+            totals[stratum] += number
+    assert totals.tolist() == weighting.totals.tolist()
+    assert np.all(np.abs(totals - np.array(weights) * samples) <= 0.5)
+
+
+@MODEST
+@given(STRATA, WEIGHTS, st.integers(1, 9), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99), st.integers(0, 9))
+def test_a_weighted_epoch_covers_every_appearance_once_and_resumes_and_deals_like_any_other(
+    counts: list[list[int]], weights: list[float], batch: int, lanes: int, run: int, seed: int, epoch: int
+) -> None:
+    weighting = weigh(np.array(counts), weights)
+    assume(int(weighting.totals.sum()) >= batch)
+    sizes = np.sum(counts, axis=1)
+    plan = train_plan(
+        sizes, global_batch_size=batch, seed=seed, epoch=epoch, max_lanes=lanes, run_length=run, weighting=weighting
+    )
+    seen = used(plan)
+    virtual = {
+        (shard, row) for shard, times in enumerate(drawn(weighting, seed, epoch)) for row in range(times.total())
+    }
+    assert len(seen) == len(set(seen)) == plan.num_steps * batch
+    assert set(seen) <= virtual
+    assert plan.num_samples == len(virtual) == int(weighting.totals.sum())
+    step, world_size = plan.num_steps // 2, plan.num_lanes
+    parts = [plan.step(step, rank, world_size) for rank in range(world_size)] if plan.num_steps > step else []
+    assert [sample for part in parts for sample in part] == (plan.step(step) if parts else [])
+    for lane in range(plan.num_lanes):
+        whole = list(plan.samples(lane))
+        assert list(plan.samples(lane, step)) == whole[step * plan.lane_batch :]
+
+
+def test_every_run_of_a_weighted_epoch_reads_forward() -> None:
+    counts = np.array([[30, 5], [10, 25]])
+    weighting = weigh(counts, [0.5, 3.2])
+    plan = train_plan(counts.sum(axis=1), global_batch_size=4, seed=1, epoch=0, run_length=8, weighting=weighting)
+    for lane in range(plan.num_lanes):
+        for pieces, _ in plan.windows(lane):
+            for piece in pieces:
+                strata = np.repeat([0, 1], counts[piece.shard])
+                rows = weighting.virtual_rows(piece.shard, strata, 1, 0)[piece.start : piece.stop]
+                assert (np.diff(rows) > 0).all(), "a run holds a sample once, in the order of the shard"
+
+
+def test_over_many_epochs_every_sample_of_a_stratum_appears_equally_often() -> None:
+    counts = np.array([[7, 3], [1, 11], [12, 0]])
+    weighting = weigh(counts, [0.3, 1.7])
+    epochs = 2000
+    totals = [Counter() for _ in counts]
+    for epoch in range(epochs):
+        for shard, times in enumerate(drawn_in_order(weighting, 5, epoch)):
+            totals[shard].update(times)
+    for shard, times in enumerate(totals):
+        for row in range(int(counts[shard].sum())):
+            stratum = int(row >= counts[shard, 0])
+            weight = weighting.totals[stratum] / counts[:, stratum].sum()
+            spread = 5 * math.sqrt(0.25 * epochs)  # five standard errors of a fair draw, at most
+            assert abs(times[row] - weight * epochs) < spread
+
+
+def drawn_in_order(weighting: Weighting, seed: int, epoch: int) -> list[Counter[int]]:
+    return [
+        Counter(weighting.virtual_rows(shard, np.repeat([0, 1], counts), seed, epoch).tolist())
+        for shard, counts in enumerate(weighting.counts)
+    ]
+
+
+def test_balanced_strata_appear_equally_often_and_the_epoch_keeps_its_length() -> None:
+    weighting = weigh(np.array([[90, 10, 0], [0, 11, 0]]))
+    assert weighting.totals.tolist() == [56, 55, 0]
+
+
+def test_weights_of_one_are_no_weights() -> None:
+    counts = np.array([[30, 5], [10, 25], [0, 0], [3, 4]])
+    sizes = counts.sum(axis=1)
+    options: dict[str, Any] = {"global_batch_size": 4, "seed": 3, "epoch": 2, "run_length": 8}
+    weighting = weigh(counts, [1, 1])
+    assert used(train_plan(sizes, weighting=weighting, **options)) == used(train_plan(sizes, **options))
+    assert weighting.virtual_rows(1, np.repeat([0, 1], [10, 25]), 3, 2).tolist() == list(range(35))
+
+
+@pytest.mark.parametrize(("weights", "says"), [([-1, 1], "numbers from 0 on"), ([float("nan"), 1], "numbers from 0")])
+def test_weights_that_are_none_are_refused(weights: list[float], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        weigh(np.array([[3, 4]]), weights)
+
+
+def test_a_class_too_rare_to_balance_is_refused() -> None:
+    with pytest.raises(UserError, match=r"would appear 500 times an epoch, more than 100"):
+        weigh(np.array([[999, 1]]))
+
+
+def test_strata_that_differ_from_the_plans_are_refused() -> None:
+    weighting = weigh(np.array([[3, 4]]))
+    with pytest.raises(ValueError, match="other strata"):
+        weighting.virtual_rows(0, np.array([0, 1, 1]), 0, 0)
+    with pytest.raises(ValueError, match="do not add up"):
+        train_plan([8], global_batch_size=1, seed=0, epoch=0, weighting=weighting)
+
+
+def test_batches_of_a_set_that_lies_class_by_class_are_as_mixed_as_by_chance() -> None:
+    counts, batch = [500] * 12, 48
+    plan = train_plan(counts, global_batch_size=batch, seed=0, epoch=0, run_length=run_length_for(6000, 10_000, 48))
+    positive = np.arange(6000) < 1500
+    found = [sum(positive[500 * shard + row] for shard, row in plan.step(step)) for step in range(0, plan.num_steps, 2)]
+    by_chance = batch * 0.25 * 0.75 * (6000 - batch) / 5999
+    assert np.var(found) < 2 * by_chance, "read in order, it would be about 48 times as much"
+    assert abs(np.mean(found) - batch / 4) < 1
