@@ -159,12 +159,26 @@ def filesystem(place: Place, options: StorageOptions, *, attempts: int | None = 
     if place.scheme in ("http", "https"):
         raise UserError(f"{place.url}: a web server can only be read from; expected a folder, s3:// or gs://")
     bucket = place.path.split("/", 1)[0]
-    return _filesystem(os.getpid(), place.scheme, bucket, options, attempts or options.retries + 1)
+    return _filesystem(environment(), place.scheme, bucket, options, attempts or options.retries + 1)
+
+
+_ENVIRONMENT = (
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE", "SSL_CERT_FILE", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS",
+)  # fmt: skip
+
+
+def environment() -> tuple[object, ...]:
+    """This process, and what of its environment decides how a store is reached: connections are kept for as long as it is
+    equal. A forked child must not use its parent's."""
+    return (os.getpid(), *map(os.environ.get, _ENVIRONMENT))
 
 
 @functools.lru_cache(maxsize=16)
-def _filesystem(process: int, scheme: str, bucket: str, options: StorageOptions, attempts: int) -> pafs.FileSystem:
-    del process  # a forked child must not use its parent's connections
+def _filesystem(
+    made_for: tuple[object, ...], scheme: str, bucket: str, options: StorageOptions, attempts: int
+) -> pafs.FileSystem:
+    del made_for
     if scheme == "gs":
         patience = datetime.timedelta(seconds=max(1, round(options.timeout_s * (1 if attempts == 1 else 3))))
         return pafs.GcsFileSystem(anonymous=options.anonymous, retry_time_limit=patience)
@@ -224,11 +238,10 @@ def classify(error: OSError, url: str) -> MedtlError | Transient:
         return refused(url, code.lower().replace("_", " ") or "permission denied")
     if curl and curl.group(1) in _TLS_CODES:
         return untrusted(url)
-    if curl:
-        return Transient(curl.group(2).strip().lower())
-    if code:
-        return Transient(f"HTTP {status}" if status else code.lower().replace("_", " "))
-    return Transient(error.strerror or type(error).__name__)
+    if status and status.startswith("4") and status not in ("408", "429"):
+        return UserError(f"{url}: the store refuses this request (HTTP {status}): check the address and the endpoint")
+    reason = curl.group(2).strip() if curl else f"HTTP {status}" if status else code.replace("_", " ")
+    return Transient((reason if status else reason.lower()) or error.strerror or type(error).__name__)
 
 
 def missing(url: str) -> DataError:

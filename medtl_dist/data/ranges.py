@@ -8,7 +8,6 @@ range ends in bounded time, with its bytes or with an error that names the addre
 from __future__ import annotations
 
 import functools
-import os
 import random
 import threading
 import time
@@ -27,6 +26,7 @@ from medtl_dist.storage import (
     Transient,
     bounded,
     classify,
+    environment,
     filesystem,
     parse_place,
 )
@@ -226,8 +226,8 @@ class ArrowSource:
 
 
 @functools.lru_cache(maxsize=8)
-def _ranges(process: int, folder: str, options: StorageOptions, identity: str) -> Ranges:
-    del process
+def _ranges(made_for: tuple[object, ...], folder: str, options: StorageOptions, identity: str) -> Ranges:
+    del made_for
     place = parse_place(folder)
     source = HttpSource(folder, options) if place.scheme in ("http", "https") else ArrowSource(folder, options)
     cache = None
@@ -242,7 +242,7 @@ def ranges_of(folder: str, options: StorageOptions, identity: str = "") -> Range
 
     Raises: UserError, a bad address, endpoint, CA bundle or cache folder.
     """
-    return _ranges(os.getpid(), folder, options, identity)
+    return _ranges(environment(), folder, options, identity)
 
 
 def _content_type(file: pa.NativeFile) -> str | None:

@@ -158,8 +158,8 @@ def _why(error: BaseException | None) -> str:
     """A failure in a few words, none of them from the address."""
     for kinds, words in (
         (urllib3.exceptions.NameResolutionError, "the host's name can't be resolved"),
+        (urllib3.exceptions.NewConnectionError, "could not connect to server"),  # one of the next, too
         (urllib3.exceptions.TimeoutError, "no answer in time"),
-        (urllib3.exceptions.NewConnectionError, "could not connect to server"),
         ((urllib3.exceptions.ProtocolError, urllib3.exceptions.IncompleteRead), "the connection broke"),
     ):
         if isinstance(error, kinds):

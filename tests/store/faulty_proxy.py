@@ -106,9 +106,7 @@ def _serve(proxy: Proxy, client: socket.socket, ended: threading.Event, connecti
                     return
 
 
-def _relay(
-    upstream: socket.socket, client: socket.socket, method: str, fault: Fault, ended: threading.Event
-) -> bool:
+def _relay(upstream: socket.socket, client: socket.socket, method: str, fault: Fault, ended: threading.Event) -> bool:
     """One response; False when the connection is to end with it."""
     head, rest = _head(upstream, b"")
     while head.split(b" ", 2)[1].startswith(b"1"):

@@ -55,6 +55,7 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
     command = [
         binary, "server", "-ip=127.0.0.1", f"-dir={folder / 'data'}", "-s3", f"-s3.config={folder / 's3.json'}",
         "-master.telemetry=false", "-volume.max=16", "-master.volumeSizeLimitMB=64", "-s3.iam=false",
+        "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-filer.localSocket={folder / 'filer.sock'}",
         f"-s3.localSocket={folder / 's3.sock'}", *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
