@@ -22,6 +22,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+# Where data lies and how it is fetched decides no number: these keys of ``data`` count neither in a run's identity nor in
+# what --resume compares.
+_PLACE_KEYS = {
+    "shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous", "storage_timeout_s", "storage_retries",
+    "cache_dir", "cache_mib",
+}  # fmt: skip
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,7 +43,10 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    shards: str | None = Field(default=None, description="Folder of the shard set (`medtl data pack` makes one).")
+    shards: str | None = Field(
+        default=None,
+        description="Shard set (`medtl data pack` makes one): a folder, or an s3://, gs:// or https:// address.",
+    )
     image_size_px: PositiveInt | None = Field(
         default=None, description="Side of the network's square input; null: the backbone's own."
     )
@@ -60,7 +71,27 @@ class Data(_Section):
         description="How an image that is not square becomes one; training crops lie in the same frame.",
     )
     verify_checksums: bool = Field(
-        default=True, description="Check each image's SHA-256 against the index when it is read."
+        default=True,
+        description="Check each image's SHA-256 against the index when it is read; false: only what comes from a store.",
+    )
+    endpoint_url: str | None = Field(
+        default=None, description="S3 endpoint other than Amazon's; null: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."
+    )
+    ca_bundle: str | None = Field(
+        default=None, description="PEM file of the authorities to trust; null: AWS_CA_BUNDLE, else the system's."
+    )
+    anonymous: bool = Field(default=False, description="Read a public bucket without credentials.")
+    storage_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=20.0, description="A store silent for so many seconds has failed to answer."
+    )
+    storage_retries: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="Further tries of a read from a store that gained nothing."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Folder on a local disk for what was read from a store; null: no cache."
+    )
+    cache_mib: PositiveInt = Field(
+        default=16384, description="Size limit of the cache; the least recently used goes first."
     )
 
 
@@ -201,7 +232,7 @@ class Config(_Section):
         """Hex digest of what decides the numbers: the tree less ``cluster``, places and time-outs."""
         tree = self.model_dump(
             mode="json",
-            exclude={"cluster": True, "data": {"shards", "loader_workers"}, "train": {"collective_timeout_s"}},
+            exclude={"cluster": True, "data": _PLACE_KEYS, "train": {"collective_timeout_s"}},
         )
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -295,8 +326,9 @@ def validate(tree: Mapping[str, Any]) -> Config:
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
     a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-    place = ("cluster.", "data.shards", "data.loader_workers", "train.collective_timeout_s")
-    return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key] and not key.startswith(place)]
+    place = {"train.collective_timeout_s", *(f"data.{key}" for key in _PLACE_KEYS)}
+    differing = (key for key in a if a[key] != b[key] and key not in place and not key.startswith("cluster."))
+    return [f"{key}: {a[key]} -> {b[key]}" for key in differing]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -320,7 +352,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {text}: expected section.key=value, for example --set optim.lr=0.001")
     leaf: Any = value
-    if parts not in (["data", "shards"], ["model", "weights"]):  # a path is no YAML: " #" and ": " may occur in it
+    if ".".join(parts) not in (
+        "data.shards",
+        "data.ca_bundle",
+        "model.weights",
+    ):  # no YAML: " #" and ": " may occur in a path
         with contextlib.suppress(yaml.YAMLError):
             leaf = yaml.safe_load(value)
     for part in reversed(parts):

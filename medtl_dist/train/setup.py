@@ -19,6 +19,7 @@ from medtl_dist.models.backbones import create_model
 from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
+from medtl_dist.storage import StorageOptions
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
 
@@ -42,13 +43,27 @@ def open_shards(config: Config) -> Dataset:
     """The config's shard set. Raises UserError where none is named, or it is one this version cannot train on."""
     if config.data.shards is None:
         raise UserError("data.shards is not set: give the folder of a shard set, for example --set data.shards=my_set.")
-    dataset = open_dataset(config.data.shards)
+    dataset = open_dataset(config.data.shards, storage_of(config))
     if dataset.task not in ("binary", "multiclass"):
         raise UserError(f"{config.data.shards}: task {dataset.task} is not supported here; binary and multiclass are.")
     for split in ("train", "val"):
         if not dataset.shards(split):
             raise UserError(f"{config.data.shards}: the set has no {split} images; pack it with a {split} split.")
     return dataset
+
+
+def storage_of(config: Config) -> StorageOptions:
+    """How the config's shard set is reached, where it lies in a store."""
+    data = config.data
+    return StorageOptions(
+        endpoint_url=data.endpoint_url,
+        ca_bundle=data.ca_bundle,
+        anonymous=data.anonymous,
+        timeout_s=data.storage_timeout_s,
+        retries=data.storage_retries,
+        cache_dir=data.cache_dir,
+        cache_mib=data.cache_mib,
+    )
 
 
 def available_cpus() -> int:

@@ -330,7 +330,7 @@ def _meets_a_full_disk(rank: int, world_size: int, config: Config, folder: str) 
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medtl_dist.run.os.replace", full)
+        patch.setattr("medtl_dist.storage.os.replace", full)
         with pytest.raises(TrainingError) as caught:
             fit(config, _run(Path(folder), rank, world_size))
     return caught.value.message

@@ -109,8 +109,17 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             "cluster.num_workers=3",
             "data.shards=elsewhere",
             "data.loader_workers=4",
+            "data.endpoint_url=http://elsewhere:9000",
+            "data.ca_bundle=ca.pem",
+            "data.anonymous=true",
+            "data.storage_timeout_s=3",
+            "data.storage_retries=1",
+            "data.cache_dir=cache",
+            "data.cache_mib=5",
         ],
     )
+    places = {"shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous"}
+    places |= {"storage_timeout_s", "storage_retries", "cache_dir", "cache_mib"}
     assert moved.sha256() == base.sha256()
     assert differing_keys(base, moved) == []
     flat = {
@@ -118,7 +127,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         for section, keys in Config().model_dump().items()
         for key in keys
         if section != "cluster"
-        and f"{section}.{key}" not in ("data.shards", "data.loader_workers", "train.collective_timeout_s")
+        and f"{section}.{key}" not in {"train.collective_timeout_s", *(f"data.{place}" for place in places)}
     }
     other_values = {
         "optim.name": "adamw",

@@ -1,0 +1,217 @@
+"""index.parquet + a range of a shard ─► samples, not yet decoded: one read per piece, from a folder or a store.
+
+From a folder with ``pread``, the system reading ahead; from a store through ``data/ranges.py``, threads reading ahead. What comes
+from a store is compared with its checksums here, whatever the config says, and asked for again once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from medtl_dist.data.ahead import Ahead, Shared
+from medtl_dist.data.plan import Piece
+from medtl_dist.data.ranges import ranges_of
+from medtl_dist.data.shards import Dataset, Shard, read_shard_rows
+from medtl_dist.data.web import looks_like_html
+from medtl_dist.errors import DataError
+
+COLUMNS = ("key", "sha256", "label", "offset", "size")
+RECENT_ROWS = 2**18  # of the index, at 72 bytes each
+DIFFERS = "its bytes differ from the checksum in the index"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample as read, not yet checked or decoded."""
+
+    data: memoryview
+    key: bytes
+    sha256: bytes
+    label: int
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows]."""
+
+    keys: bytes
+    digests: bytes
+    labels: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
+class Reader:
+    """Reads pieces of one split. Keeps the index rows of recent shards, at most 18 MiB of them (or one shard's).
+
+    Of a set in a store it reads announced pieces ahead, in threads that end with ``close``.
+    """
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self.folder = dataset.folder
+        self.dataset = dataset
+        self.shards: tuple[Shard, ...] = dataset.shards(split)
+        self._recent: Shared[int, Rows] = Shared(RECENT_ROWS)
+        self._ahead: Ahead[Piece, list[Sample]] | None = Ahead(self._load) if dataset.remote else None
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def read(self, piece: Piece) -> list[Sample]:
+        """The samples of a piece, by one read of the bytes from its first to its last.
+
+        Raises:
+            DataError: the shard is missing or shorter than its index says, or the index is damaged; from a store also
+                an image that differs from its checksum.
+            Interrupted: a store can't be reached.
+        """
+        return self._load(piece) if self._ahead is None else self._ahead.take(piece)
+
+    def read_ahead(self, piece: Piece) -> None:
+        """Announces a piece that will be read: the system, or a thread, fetches it in the background."""
+        shard = self.shards[piece.shard]
+        if self._ahead is not None:
+            self._ahead.announce(piece, len(piece) * shard.bytes // max(shard.samples, 1))
+            return
+        if not hasattr(os, "posix_fadvise"):
+            return
+        start, stop = _extent(self._rows(piece.shard), piece)
+        # What is wrong with the file, the read itself will say.
+        with contextlib.suppress(OSError):
+            handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
+    def _load(self, piece: Piece) -> list[Sample]:
+        shard, rows = self.shards[piece.shard], self._rows(piece.shard)
+        start, stop = _extent(rows, piece)
+        if not self.dataset.remote:
+            return _cut(shard, rows, piece, memoryview(self._range(shard, start, stop)))
+        ranges = ranges_of(self.folder, self.dataset.storage, self.dataset.sha256)
+        data = memoryview(b"")
+        wrong: Sample | None = None
+        for fresh in (False, True):  # what was damaged on the way, or in the cache, comes whole the second time
+            data = memoryview(ranges.read(shard.name, start, stop, shard.bytes, fresh=fresh))
+            samples = _cut(shard, rows, piece, data)
+            wrong = next((sample for sample in samples if not is_whole(sample)), None)
+            if wrong is None:
+                return samples
+        assert wrong is not None
+        if looks_like_html(data):
+            raise DataError(f"{self._path(shard)}: an HTML page came instead; a login page or a proxy in between?")
+        raise damaged(self.dataset, wrong, DataError(DIFFERS))
+
+    def _path(self, shard: Shard) -> str:
+        return os.path.join(self.folder, shard.name)
+
+    def _rows(self, position: int) -> Rows:
+        shard = self.shards[position]
+
+        def read() -> Rows:
+            rows = _parse_rows(read_shard_rows(self.dataset, shard, COLUMNS))
+            self._check(shard, rows)
+            return rows
+
+        return self._recent.get(position, read, shard.samples)
+
+    def _check(self, shard: Shard, rows: Rows) -> None:
+        """The members must follow one another within the shard: one read must get what it expects, and no more."""
+        ends = rows.offsets + rows.sizes
+        if (rows.sizes < 1).any() or (rows.offsets < 0).any() or (rows.offsets[1:] < ends[:-1]).any():
+            raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
+        if ends.max(initial=0) > shard.bytes:
+            raise DataError(f"the index of {self._path(shard)} points beyond its end: copy the set or pack it again")
+
+    def _range(self, shard: Shard, start: int, stop: int) -> bytes:
+        try:
+            handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(
+                f"can't read {self._path(shard)} ({error.strerror}): copy the set again or pack it again"
+            ) from None
+        try:
+            data = _pread(handle, start, stop - start)
+            end = os.fstat(handle).st_size
+        except OSError as error:
+            raise DataError(f"can't read {self._path(shard)} ({error.strerror}): check the disk") from None
+        finally:
+            os.close(handle)
+        if len(data) != stop - start:
+            raise DataError(
+                f"{self._path(shard)} is damaged: it ends at byte {end}, its index goes to {stop}; "
+                "copy the set again or pack it again"
+            )
+        return data
+
+
+def _cut(shard: Shard, rows: Rows, piece: Piece, data: memoryview) -> list[Sample]:
+    """The samples of a piece in the bytes of its range."""
+    places = slice(piece.start, piece.stop)
+    begins = (rows.offsets[places] - rows.offsets[piece.start]).tolist()
+    fields = zip(
+        range(piece.start, piece.stop), begins, rows.sizes[places].tolist(), rows.labels[places].tolist(), strict=True
+    )
+    return [
+        Sample(
+            data[begin : begin + size],
+            rows.keys[16 * row : 16 * row + 16],
+            rows.digests[32 * row : 32 * row + 32],
+            label,
+            shard.name,
+        )
+        for row, begin, size, label in fields
+    ]
+
+
+def is_whole(sample: Sample) -> bool:
+    return hashlib.sha256(sample.data).digest() == sample.sha256
+
+
+def damaged(dataset: Dataset, sample: Sample, error: DataError) -> DataError:
+    return DataError(
+        f"{os.path.join(dataset.folder, sample.shard)}: image {sample.key.hex()} is damaged: {error}; "
+        "copy the set again or pack it again"
+    )
+
+
+def _extent(rows: Rows, piece: Piece) -> tuple[int, int]:
+    """First byte and end of a piece's members."""
+    last = piece.stop - 1
+    return int(rows.offsets[piece.start]), int(rows.offsets[last] + rows.sizes[last])
+
+
+def _parse_rows(table: pa.Table) -> Rows:
+    """Arrow's columns as flat buffers, from which a row is cut in a microsecond.
+
+    Raises: DataError, nulls or another width where the format has none.
+    """
+    columns = [table.column(name).combine_chunks() for name in COLUMNS]
+    key, sha256, label, offset, size = columns
+    if any(column.null_count for column in columns):
+        raise DataError("the index is damaged (empty fields): copy the set again or pack it again")
+    return Rows(
+        b"".join(key.to_pylist()), b"".join(sha256.to_pylist()), label.to_numpy(), offset.to_numpy(), size.to_numpy()
+    )
+
+
+def _pread(handle: int, offset: int, length: int) -> bytes:
+    """``length`` bytes at ``offset``, fewer at the end of the file; a single pread may return less than asked."""
+    data = os.pread(handle, length, offset)
+    while len(data) < length:
+        more = os.pread(handle, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
