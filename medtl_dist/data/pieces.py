@@ -1,29 +1,34 @@
 """index.parquet + a range of a shard ─► samples, not yet decoded: one read per piece, from a folder or a store.
 
-From a folder with ``pread``, the system reading ahead; from a store through ``data/ranges.py``, threads reading ahead. What comes
-from a store is compared with its checksums here, whatever the config says, and asked for again once.
+From a folder with ``pread``, the system reading ahead; from a store through ``data/ranges.py``, threads reading ahead. What
+comes from a store is compared with its checksums here, whatever the config says, and asked for again once. A piece of an
+epoch with weighted sampling stands for samples here and there in its shard: those far apart are read one by one rather
+than with all that lies between.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from medtl_dist.data.ahead import Ahead, Shared
-from medtl_dist.data.plan import Piece
+from medtl_dist.data.plan import IntArray, Piece
 from medtl_dist.data.ranges import ranges_of
 from medtl_dist.data.shards import Dataset, Shard, read_shard_rows
+from medtl_dist.data.strata import Strata
 from medtl_dist.data.web import looks_like_html
 from medtl_dist.errors import DataError
 
 COLUMNS = ("key", "sha256", "label", "offset", "size")
 RECENT_ROWS = 2**18  # of the index, at 72 bytes each
+GAP_BYTES = 512 * 2**10  # between two samples of a weighted piece: what costs about as much as another request
 DIFFERS = "its bytes differ from the checksum in the index"
 
 
@@ -40,13 +45,38 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows]."""
+    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows];
+    ``places``: with weighted sampling the row that each virtual row stands for."""
 
     keys: bytes
     digests: bytes
-    labels: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    labels: IntArray
+    offsets: IntArray
+    sizes: IntArray
+    places: IntArray | None = None
+
+    def chosen(self, piece: Piece) -> IntArray:
+        """The rows of a piece, rising."""
+        if self.places is None:
+            return np.arange(piece.start, piece.stop)
+        return self.places[piece.start : piece.stop]
+
+    def extents(self, chosen: IntArray) -> list[tuple[IntArray, int, int]]:
+        """What to read for these rows: the rows, the first byte and the end of each read."""
+        starts, ends = self.offsets[chosen], self.offsets[chosen] + self.sizes[chosen]
+        cuts = [0, len(chosen)]
+        if self.places is not None:
+            cuts[1:1] = (np.flatnonzero(starts[1:] - ends[:-1] > GAP_BYTES) + 1).tolist()
+        return [(chosen[low:high], int(starts[low]), int(ends[high - 1])) for low, high in pairwise(cuts) if high > low]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Weighted sampling of one epoch."""
+
+    strata: Strata
+    seed: int
+    epoch: int
 
 
 class Reader:
@@ -55,7 +85,8 @@ class Reader:
     Of a set in a store it reads announced pieces ahead, in threads that end with ``close``.
     """
 
-    def __init__(self, dataset: Dataset, split: str) -> None:
+    def __init__(self, dataset: Dataset, split: str, draw: Draw | None = None) -> None:
+        self._draw = draw
         self.folder = dataset.folder
         self.dataset = dataset
         self.shards: tuple[Shard, ...] = dataset.shards(split)
@@ -68,7 +99,7 @@ class Reader:
             self._ahead.close()
 
     def read(self, piece: Piece) -> list[Sample]:
-        """The samples of a piece, by one read of the bytes from its first to its last.
+        """The samples of a piece, by one read of the bytes from its first to its last (unless sampling is weighted).
 
         Raises:
             DataError: the shard is missing or shorter than its index says, or the index is damaged; from a store also
@@ -85,26 +116,30 @@ class Reader:
             return
         if not hasattr(os, "posix_fadvise"):
             return
-        start, stop = _extent(self._rows(piece.shard), piece)
+        rows = self._rows(piece.shard)
         # What is wrong with the file, the read itself will say.
         with contextlib.suppress(OSError):
             handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+                for _, start, stop in rows.extents(rows.chosen(piece)):
+                    os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(handle)
 
     def _load(self, piece: Piece) -> list[Sample]:
         shard, rows = self.shards[piece.shard], self._rows(piece.shard)
-        start, stop = _extent(rows, piece)
+        extents = rows.extents(rows.chosen(piece))
+        return [sample for extent in extents for sample in self._load_extent(shard, rows, *extent)]
+
+    def _load_extent(self, shard: Shard, rows: Rows, chosen: IntArray, start: int, stop: int) -> list[Sample]:
         if not self.dataset.remote:
-            return _cut(shard, rows, piece, memoryview(self._range(shard, start, stop)))
+            return _cut(shard, rows, chosen, memoryview(self._range(shard, start, stop)))
         ranges = ranges_of(self.folder, self.dataset.storage, self.dataset.sha256)
         data = memoryview(b"")
         wrong: Sample | None = None
         for fresh in (False, True):  # what was damaged on the way, or in the cache, comes whole the second time
             data = memoryview(ranges.read(shard.name, start, stop, shard.bytes, fresh=fresh))
-            samples = _cut(shard, rows, piece, data)
+            samples = _cut(shard, rows, chosen, data)
             wrong = next((sample for sample in samples if not is_whole(sample)), None)
             if wrong is None:
                 return samples
@@ -120,9 +155,18 @@ class Reader:
         shard = self.shards[position]
 
         def read() -> Rows:
-            rows = _parse_rows(read_shard_rows(self.dataset, shard, COLUMNS))
+            draw = self._draw
+            table = read_shard_rows(self.dataset, shard, _columns(draw))
+            rows = _parse_rows(table)
             self._check(shard, rows)
-            return rows
+            if draw is None:
+                return rows
+            strata = draw.strata.of_rows(table.column(draw.strata.column))
+            try:
+                places = draw.strata.weighting.virtual_rows(position, strata, draw.seed, draw.epoch)
+            except DataError as error:
+                raise DataError(f"the index of {self._path(shard)}: {error}; copy the set or pack it again") from None
+            return dataclasses.replace(rows, places=places)
 
         return self._recent.get(position, read, shard.samples)
 
@@ -156,13 +200,10 @@ class Reader:
         return data
 
 
-def _cut(shard: Shard, rows: Rows, piece: Piece, data: memoryview) -> list[Sample]:
-    """The samples of a piece in the bytes of its range."""
-    places = slice(piece.start, piece.stop)
-    begins = (rows.offsets[places] - rows.offsets[piece.start]).tolist()
-    fields = zip(
-        range(piece.start, piece.stop), begins, rows.sizes[places].tolist(), rows.labels[places].tolist(), strict=True
-    )
+def _cut(shard: Shard, rows: Rows, chosen: IntArray, data: memoryview) -> list[Sample]:
+    """These rows' samples in the bytes from the first one's to the last one's."""
+    begins = (rows.offsets[chosen] - rows.offsets[chosen[0]]).tolist()
+    fields = zip(chosen.tolist(), begins, rows.sizes[chosen].tolist(), rows.labels[chosen].tolist(), strict=True)
     return [
         Sample(
             data[begin : begin + size],
@@ -175,6 +216,11 @@ def _cut(shard: Shard, rows: Rows, piece: Piece, data: memoryview) -> list[Sampl
     ]
 
 
+def _columns(draw: Draw | None) -> list[str]:
+    extra = draw.strata.column if draw is not None else "label"
+    return [*COLUMNS, *([] if extra in COLUMNS else [extra])]
+
+
 def is_whole(sample: Sample) -> bool:
     return hashlib.sha256(sample.data).digest() == sample.sha256
 
@@ -184,12 +230,6 @@ def damaged(dataset: Dataset, sample: Sample, error: DataError) -> DataError:
         f"{os.path.join(dataset.folder, sample.shard)}: image {sample.key.hex()} is damaged: {error}; "
         "copy the set again or pack it again"
     )
-
-
-def _extent(rows: Rows, piece: Piece) -> tuple[int, int]:
-    """First byte and end of a piece's members."""
-    last = piece.stop - 1
-    return int(rows.offsets[piece.start]), int(rows.offsets[last] + rows.sizes[last])
 
 
 def _parse_rows(table: pa.Table) -> Rows:

@@ -15,9 +15,10 @@ from itertools import pairwise, zip_longest
 import numpy as np
 import numpy.typing as npt
 
-from medtl_dist.data.pieces import DIFFERS, Reader, Sample, damaged, is_whole
+from medtl_dist.data.pieces import DIFFERS, Draw, Reader, Sample, damaged, is_whole
 from medtl_dist.data.plan import EpochPlan, EvalPlan, Piece, eval_plan, train_plan
 from medtl_dist.data.shards import Dataset
+from medtl_dist.data.strata import Strata
 from medtl_dist.data.transforms import MAX_PIXELS, EvalTransform, Image, TrainTransform, augment_draws, decode
 from medtl_dist.errors import DataError
 
@@ -57,6 +58,7 @@ class TrainPass:
     run_length: int
     verify: bool
     max_pixels: int = MAX_PIXELS
+    strata: Strata | None = None  # of weighted sampling
 
     def plan(self) -> EpochPlan:
         """The epoch's order, from the shards' counts. Raises: UserError, see ``train_plan``."""
@@ -67,6 +69,7 @@ class TrainPass:
             epoch=self.epoch,
             max_lanes=self.max_lanes,
             run_length=self.run_length,
+            weighting=self.strata and self.strata.weighting,
         )
 
     def layout(self, max_workers: int) -> Layout:
@@ -84,7 +87,8 @@ class TrainPass:
         """The worker's samples, step by step, its lanes joined in order."""
         plan = self.plan()
         share = _shares(plan.lanes_of(self.rank, self.world_size), num_workers)[worker]
-        with contextlib.closing(Reader(self.dataset, self.split)) as reader:
+        draw = self.strata and Draw(self.strata, self.seed, self.epoch)
+        with contextlib.closing(Reader(self.dataset, self.split, draw)) as reader:
             windows = [plan.windows(lane, self.start_step) for lane in share]
             firsts = [_announced(reader, lane) for lane in windows]
             lanes = [_samples(reader, first, lane) for first, lane in zip(firsts, windows, strict=True)]
