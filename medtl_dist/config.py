@@ -108,6 +108,14 @@ class Optim(_Section):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay (decoupled in adamw).")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Factor on the learning rate per stage from the head down: the last stage learns at this share of "
+        "backbone_lr, the one below it at its square, and so on; 1: all stages alike.",
+    )
+    decay_norms_and_biases: bool = Field(
+        default=True, description="Weight decay on normalisation layers and biases too; false: on weights alone."
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest gradient norm; null: no clipping."
     )

@@ -6,13 +6,15 @@ The learning rate is a pure function of the step, so resuming needs no scheduler
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medtl_dist.config import Optim, Schedule
+from medtl_dist.models.registry import BackboneSpec, has_prefix
 
 
 def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -33,18 +35,52 @@ def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: in
     return schedule.final_fraction + (1 - schedule.final_fraction) * (1 + math.cos(math.pi * share)) / 2
 
 
-def create_optimizer(
-    config: Optim, *, head: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters: a group for the head, another for what is trainable below it."""
-    groups = [
-        {"params": list(head), "lr": config.lr, "peak_lr": config.lr},
-        {"params": list(backbone), "lr": config.backbone_lr or config.lr, "peak_lr": config.backbone_lr or config.lr},
+def parameter_groups(config: Optim, model: nn.Module, spec: BackboneSpec) -> list[dict[str, Any]]:
+    """What learns, grouped by learning rate and weight decay: the head first, then the stages in the model's order.
+
+    A group has ``params``, ``names`` (in the model), ``peak_lr`` and ``weight_decay``. Stage k of S (1: the stem) learns at
+    ``backbone_lr · layer_decay ** (S + 1 - k)``, the head at ``lr`` (Howard and Ruder 2018, section 3.2; per stage as in
+    Bao et al. 2022). Without ``decay_norms_and_biases``, a parameter of at most one dimension (a norm's scale or shift,
+    a bias) has weight decay 0.
+    """
+    backbone_lr = config.backbone_lr or config.lr
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    places = {name: _stage_of(name, spec) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Stable: within the head and within the backbone the model's own order stays, and with it that of every sum.
+    for name in sorted(places, key=lambda name: places[name] is not None):
+        parameter, stage = model.get_parameter(name), places[name]
+        depth = 0 if stage is None else spec.num_stages + 1 - stage
+        decays = config.decay_norms_and_biases or parameter.ndim > 1
+        key = (-1.0 if stage is None else config.layer_decay**depth, decays)
+        group = groups.setdefault(
+            key,
+            {
+                "params": [],
+                "names": [],
+                "peak_lr": config.lr if stage is None else backbone_lr * config.layer_decay**depth,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _stage_of(name: str, spec: BackboneSpec) -> int | None:
+    """Number (from 1) of the stage that a parameter belongs to; None: the head."""
+    if has_prefix(name, [spec.head]):
+        return None
+    return next(number for number, stage in enumerate(spec.stages, start=1) if has_prefix(name, stage))
+
+
+def create_optimizer(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """SGD or AdamW over :func:`parameter_groups`."""
+    own = [
+        {key: value for key, value in group.items() if key != "names"} | {"lr": group["peak_lr"]} for group in groups
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(own, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(own, lr=config.lr)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

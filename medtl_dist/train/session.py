@@ -21,7 +21,7 @@ from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
 from medtl_dist.errors import MedtlError, TrainingError, UserError
-from medtl_dist.models.freezing import resolve_depth, trainable_groups
+from medtl_dist.models.freezing import resolve_depth
 from medtl_dist.models.normalise import normalise
 from medtl_dist.models.registry import spec
 from medtl_dist.run import Run
@@ -88,7 +88,6 @@ def start(config: Config, run: Run) -> Session:
     )
     network = create_network(config, dataset, device=run.device, rank=run.rank, load_weights=step is None)
     agreed(lambda: _check_batch_norm(config, network, own_batch))
-    learning = trainable_groups(network.model, network.spec)
     session = Session(
         config=config,
         run=run,
@@ -96,7 +95,7 @@ def start(config: Config, run: Run) -> Session:
         network=network,
         stepper=_wrap(config, network, dataset.channels, own_batch),
         optimizer=optim.create_optimizer(
-            config.optim, head=list(learning["head"].values()), backbone=list(learning["backbone"].values())
+            config.optim, optim.parameter_groups(config.optim, network.model, network.spec)
         ),
         scaler=network.precision.scaler(),
         loader=Loader(_loader_workers(config, run, threads)),

@@ -15,7 +15,7 @@ from medtl_dist.errors import BY_NAME, ConfigError
     [
         (
             "optim.learning_rate=3",
-            "unknown key optim.learning_rate; optim has: backbone_lr, clip_norm, lr, momentum, name, weight_decay",
+            "unknown key optim.learning_rate; optim has: backbone_lr, clip_norm, decay_norms_and_biases, layer_decay, lr, mom",
         ),
         (
             "opt.lr=1",
