@@ -148,6 +148,10 @@ class Train(_Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the target spread over all classes."
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per step of a moving average of the weights, which is then what is scored and kept; null: none.",
+    )
     accumulation_steps: PositiveInt = Field(
         default=1, description="Parts in which a rank's batch is computed, to save memory."
     )

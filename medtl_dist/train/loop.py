@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from medtl_dist import collectives
 from medtl_dist.config import Config
 from medtl_dist.data.stream import Batch
-from medtl_dist.errors import DataError, Interrupted, MedtlError, TrainingError
+from medtl_dist.errors import Interrupted, MedtlError, TrainingError
 from medtl_dist.metrics.ranking import average_precision, roc_auc
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
-from medtl_dist.train import checkpoint, optim, results
+from medtl_dist.train import ema, optim
+from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
-from medtl_dist.train.session import Session, agreed, best_row, disk_error, save, start, train_stream
+from medtl_dist.train.session import Session, agreed, start, train_stream
 from medtl_dist.train.setup import average_buffers
+from medtl_dist.train.state import best_row, save
 
 _POLL_EVERY_STEPS = 5
 
@@ -73,7 +75,7 @@ def train_epoch(session: Session) -> dict[str, float]:
     config, position = session.config, session.position
     session.network.model.train()  # what is frozen stays in eval
     began, waited, first_step = time.monotonic(), 0.0, position.step
-    loss_here = torch.zeros((), dtype=torch.float64, device=session.run.device)
+    loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
     last: tuple[Tensor, list[str]] | None = None
     batches = agreed(lambda: train_stream(session))
     while position.step < session.plan.num_steps:
@@ -101,12 +103,12 @@ def train_epoch(session: Session) -> dict[str, float]:
         # Not at the last step: the epoch's own checkpoint comes next, and fit asks again after it.
         within = position.step < session.plan.num_steps
         if within and position.global_step % _POLL_EVERY_STEPS == 0 and _told_to_stop(session):
-            _close_losses(session, loss_here, last)
+            _look_back(session, loss_here, last)
             save(session)
             raise Interrupted(
                 f"stopped as asked in epoch {position.epoch}, after step {position.step}; the same command with --resume goes on."
             )
-    _close_losses(session, loss_here, last)
+    _look_back(session, loss_here, last)
     elapsed, steps_done = time.monotonic() - began, position.step - first_step
     if elapsed <= 0 or steps_done == 0:
         return {"train_s": 0.0, "images_per_s": 0.0, "data_wait_fraction": 0.0}
@@ -156,6 +158,8 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     session.scaler.step(session.optimizer)
     session.scaler.update()
     session.optimizer.zero_grad(set_to_none=True)
+    if session.ema is not None:
+        ema.update(session.ema, network.model)
     return total
 
 
@@ -163,6 +167,8 @@ def close_epoch(session: Session, timing: dict[str, float]) -> None:
     """Score val, append to the history, commit a checkpoint, report. Collective; decided once, on rank 0, for all ranks."""
     position, run = session.position, session.run
     average_buffers(session.network.model)
+    if session.ema is not None:
+        average_buffers(session.ema.model)
     began = time.monotonic()
     predictions = score_split(
         session.scorer,
@@ -173,9 +179,10 @@ def close_epoch(session: Session, timing: dict[str, float]) -> None:
         loader=session.loader,
     )
     numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
+    (loss_total,) = collectives.totals([position.loss_total])
     row: dict[str, Any] = {
         "epoch": position.epoch,
-        "train_loss": position.loss_total / position.weight_total if position.weight_total > 0 else 0.0,
+        "train_loss": loss_total / position.weight_total if position.weight_total > 0 else 0.0,
         "lr": session.optimizer.param_groups[0]["lr"],
         **numbers,
         "images_per_s": timing["images_per_s"],
@@ -190,60 +197,6 @@ def close_epoch(session: Session, timing: dict[str, float]) -> None:
     session.journal.epoch(row, step=position.global_step)
     session.journal.progress(_progress(session, 0, 0.0, 0.0, row["train_loss"]))
     run.report({name: value for name, value in row.items() if not isinstance(value, str)})
-
-
-def conclude(session: Session, *, open_test: bool) -> None:
-    """Score the best checkpoint on val, and on test where asked, and write predictions, history and results. Collective."""
-    run = session.run
-    best = _best_checkpoint(session)
-    weights = agreed(lambda: checkpoint.load(run.folder, best["checkpoint"])[0])
-    session.network.model.load_state_dict(weights)
-    splits = ["val"] + (["test"] if open_test else [])
-    scored: dict[str, Predictions] = {}
-    for split in splits:
-        predictions = score_split(
-            session.scorer,
-            session.dataset,
-            split,
-            rank=run.rank,
-            world_size=run.world_size,
-            loader=session.loader,
-        )
-        if predictions is not None:
-            scored[split] = predictions
-    failure: MedtlError | None = None
-    if run.rank == 0:
-        try:
-            results.write(session, best, scored)
-        except MedtlError as error:
-            failure = error
-        except OSError as error:
-            failure = disk_error(run, error)
-    collectives.raise_together(failure)  # nobody leaves before the results are written
-
-
-def _best_checkpoint(session: Session) -> dict[str, Any]:
-    """The best epoch's row whose checkpoint verifies, told loudly where it is not the best one. The same on every rank."""
-    chosen: dict[str, Any] | None = None
-    failure: MedtlError | None = None
-    if session.run.rank == 0:
-        rows = list(session.position.history)
-        best = best_row(rows)
-        while chosen is None and (row := best_row(rows)) is not None:
-            try:
-                checkpoint.verify(session.run.folder, row["checkpoint"])
-                chosen = row
-            except DataError as error:
-                # Epochs that were never the best have had their checkpoints deleted on purpose: no news.
-                if row is best or row["checkpoint"] in checkpoint.steps(session.run.folder):
-                    session.journal.note(f"best checkpoint passed over: {error.message}")
-                rows.remove(row)
-        if chosen is None:
-            failure = DataError(f"{session.run.folder.path}: no checkpoint verifies; train again in a new run folder.")
-    collectives.raise_together(failure)
-    result = collectives.from_rank_0(chosen)
-    assert result is not None
-    return result
 
 
 def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float | None]:
@@ -282,12 +235,10 @@ def _non_finite(session: Session, loss: Tensor, keys: list[str]) -> TrainingErro
     )
 
 
-def _close_losses(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
-    """Check the last step's loss on every rank and add the ranks' summed losses to the position."""
-    failure = _non_finite(session, *last) if last else None
-    total, num_failed = collectives.totals([float(loss_here), float(failure is not None)])
-    collectives.raise_together(failure, failed=num_failed > 0)
-    session.position.loss_total += total
+def _look_back(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
+    """Check the last step's loss on every rank, and leave this rank's sum in the position."""
+    collectives.raise_together(_non_finite(session, *last) if last else None)
+    session.position.loss_total = float(loss_here)
 
 
 def _no_sync(stepper: nn.Module) -> contextlib.AbstractContextManager[object]:
