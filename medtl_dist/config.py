@@ -80,6 +80,12 @@ class Augment(_Section):
     contrast: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Largest random change of contrast, as a share of it."
     )
+    mixup_alpha: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Blend each image with another, its share from Beta(alpha, alpha); 0: off."
+    )
+    cutmix_alpha: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Paste a box of another image, its area from Beta(alpha, alpha); 0: off."
+    )
 
 
 class Model(_Section):
@@ -144,7 +150,14 @@ class Train(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="Seed of order, augmentation and initialisation."
     )
-    class_weights: Literal["none", "balanced"] = Field(default="none", description="Weight of each class in the loss.")
+    loss: Literal["cross_entropy", "focal"] = Field(default="cross_entropy", description="What is minimised.")
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=2.0, description="focal: how much what is already right is played down; 0 is cross_entropy."
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default="none",
+        description="Weight of each class in the loss: none, balanced, or by name, for example {PNEUMONIA: 3}; the others 1.",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the target spread over all classes."
     )
@@ -308,7 +321,11 @@ def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
     a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
     place = ("cluster.", "data.shards", "data.loader_workers", "train.collective_timeout_s")
-    return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key] and not key.startswith(place)]
+    return [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in {**a, **b}
+        if a.get(key) != b.get(key) and not key.startswith(place)
+    ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

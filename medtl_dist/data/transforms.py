@@ -27,7 +27,10 @@ Draws = npt.NDArray[np.floating]
 Mode = Literal["letterbox", "center_crop", "squash"]
 
 MAX_PIXELS = 64 * 2**20
-NUM_DRAWS = 8
+NUM_DRAWS = 16
+MIXING = 2  # the block of draws that mixing images takes; the views take blocks 0 and 1
+
+_BLOCK_DRAWS = 8  # as many as one BLAKE2b digest holds
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
@@ -86,8 +89,16 @@ class TrainTransform:
 
 
 def augment_draws(seed: int, epoch: int, key: bytes) -> Draws:
-    """float64 [8] uniform in [0, 1): BLAKE2b of (seed, epoch, key), the same on every machine and version."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, epoch) + key, digest_size=8 * NUM_DRAWS).digest()
+    """float64 [16] uniform in [0, 1): those of a sample's view, the same on every machine and version."""
+    return np.concatenate([draws_of(seed, epoch, key, block) for block in range(NUM_DRAWS // _BLOCK_DRAWS)])
+
+
+def draws_of(seed: int, epoch: int, key: bytes, block: int) -> Draws:
+    """float64 [8] uniform in [0, 1): BLAKE2b of (seed, epoch, key); a new ``block`` leaves the others alone."""
+    person = struct.pack("<Q", block)  # block 0: as without one
+    digest = hashlib.blake2b(
+        struct.pack("<QQ", seed, epoch) + key, digest_size=8 * _BLOCK_DRAWS, person=person
+    ).digest()
     return (np.frombuffer(digest, "<u8") >> np.uint64(11)) * 2.0**-53
 
 

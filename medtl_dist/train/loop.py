@@ -22,7 +22,7 @@ from medtl_dist.errors import Interrupted, MedtlError, TrainingError
 from medtl_dist.metrics.ranking import average_precision, roc_auc
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
-from medtl_dist.train import ema, optim
+from medtl_dist.train import ema, losses, optim
 from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
 from medtl_dist.train.session import Session, agreed, start, train_stream
@@ -84,7 +84,7 @@ def train_epoch(session: Session) -> dict[str, float]:
         waited += time.monotonic() - asked
         # The loss of the step before is looked at only now, when the device has long finished it.
         failure = failure or (_non_finite(session, *last) if last else None)
-        own_weight = optim.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
+        own_weight = losses.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
         # One small reduction a step: the loss's global denominator, and whether any rank has failed.
         weight, num_failed = collectives.totals([own_weight, float(failure is not None)])
         collectives.raise_together(failure, failed=num_failed > 0)
@@ -146,9 +146,7 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
             with network.precision.autocast():
                 inputs = normalise(some_images, network.normalisation, channels_last=config.train.channels_last)
                 logits = session.stepper(inputs)
-            loss = optim.loss_sum(
-                logits, some_labels, class_weights=session.class_weights, label_smoothing=config.train.label_smoothing
-            )
+            loss = losses.loss_sum(logits, some_labels, config.train, session.class_weights)
             session.scaler.scale(loss * scale).backward()
         total += loss.detach().double()
     if config.optim.clip_norm is not None:

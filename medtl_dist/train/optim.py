@@ -1,4 +1,4 @@
-"""model → fit: the optimiser's parameter groups, the learning rate of every step, and the loss of a batch.
+"""model → fit: the optimiser's parameter groups, and the learning rate of every step.
 
 The learning rate is a pure function of the step, so resuming needs no scheduler state.
 """
@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from medtl_dist.config import Optim, Schedule
 from medtl_dist.models.registry import BackboneSpec, has_prefix
@@ -87,29 +86,3 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def balanced_class_weights(counts: Sequence[int]) -> list[float]:
-    """Weights ``n / (K · n_k)`` of ``K`` classes (scikit-learn's "balanced"); a class without images weighs 0."""
-    total, num_classes = sum(counts), len(counts)
-    return [total / (num_classes * count) if count else 0.0 for count in counts]
-
-
-def loss_sum(logits: Tensor, labels: Tensor, *, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
-    """Cross-entropy summed over the batch; divided by the global :func:`loss_weight` it is the usual mean.
-
-    Args:
-        logits: [batch, classes], any float dtype; computed in float32.
-        labels: int64 [batch].
-        class_weights: float32 [classes] or None.
-    """
-    return F.cross_entropy(
-        logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
-    )
-
-
-def loss_weight(labels: Tensor, class_weights: Tensor | None) -> float:
-    """The batch's share of the loss's denominator: its images, or the sum of their classes' weights."""
-    if class_weights is None:
-        return float(labels.numel())
-    return float(class_weights.cpu().double()[labels.cpu()].sum())

@@ -225,11 +225,26 @@ def cautions(config: Config, dataset: Dataset, weights: str, entries: Mapping[st
         found.append(
             "The data set names no patients: intervals assume independent images, and splits may share patients."
         )
-    if config.train.class_weights != "none":
-        found.append("Trained with class weights: scores are not calibrated probabilities until corrected on val.")
+    if shifting := _what_shifts_scores(config):
+        found.append(
+            f"Trained with {' and '.join(shifting)}: scores are not calibrated probabilities until corrected on val."
+        )
     if "test" not in entries:
         found.append("Validation only: the epoch was chosen on these images, so the numbers are optimistic.")
     return found
+
+
+def _what_shifts_scores(config: Config) -> list[str]:
+    """What of the training makes the minimum of the loss another function than the probability of the class."""
+    train, augment = config.train, config.augment
+    asked = {
+        "class weights": train.class_weights != "none",
+        "focal loss": train.loss == "focal" and train.focal_gamma > 0,
+        "label smoothing": train.label_smoothing > 0,
+        "mixup": augment.mixup_alpha > 0,
+        "cutmix": augment.cutmix_alpha > 0,
+    }
+    return [name for name, yes in asked.items() if yes]
 
 
 def _parquet(table: pa.Table) -> bytes:

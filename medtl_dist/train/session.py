@@ -22,7 +22,7 @@ from medtl_dist.errors import MedtlError, UserError
 from medtl_dist.models.freezing import resolve_depth
 from medtl_dist.models.registry import spec
 from medtl_dist.run import Run
-from medtl_dist.train import checkpoint, optim
+from medtl_dist.train import checkpoint, losses, mixing, optim
 from medtl_dist.train.ema import Ema, ema_of
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
@@ -106,7 +106,7 @@ def start(config: Config, run: Run) -> Session:
         ema=ema,
         loader=Loader(_loader_workers(config, run, threads)),
         scorer=dataclasses.replace(scorer, model=ema.model) if ema is not None else scorer,
-        class_weights=_class_weights(config, dataset, run.device),
+        class_weights=agreed(lambda: _class_weights(config, dataset, run.device)),
         plan=plan,
         threads=threads,
         journal=Journal(run, first_step=step or 0),
@@ -145,6 +145,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     if open_test and not dataset.shards("test"):
         raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
     resolve_depth(spec(config.model.backbone), config.model.frozen_depth)
+    _class_weights(config, dataset, torch.device("cpu"))
     check_world_size(
         plan_of(config, dataset).num_lanes, max(config.cluster.num_workers, 1), config.data.global_batch_size
     )
@@ -171,11 +172,11 @@ def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:
 
 
 def _class_weights(config: Config, dataset: Dataset, device: torch.device) -> Tensor | None:
-    if config.train.class_weights == "none":
-        return None
     counts = dataset.info["splits"]["train"]["classes"]
-    weights = optim.balanced_class_weights([counts.get(name, 0) for name in dataset.classes])
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    weights = losses.class_weights_of(
+        config.train.class_weights, dataset.classes, [counts.get(name, 0) for name in dataset.classes]
+    )
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def _loader_workers(config: Config, run: Run, threads: int) -> int:
@@ -186,9 +187,10 @@ def _loader_workers(config: Config, run: Run, threads: int) -> int:
 
 
 def train_stream(session: Session) -> Iterator[Batch]:
-    """The rest of the current epoch's batches of this rank, from the position's step on."""
+    """The rest of the current epoch's batches of this rank, from the position's step on, mixed where the config says so."""
     config, position, run = session.config, session.position, session.run
-    return train_batches(
+    mixes = mixing.on(config.augment)
+    batches = train_batches(
         session.dataset,
         "train",
         transform=train_transform_of(config, session.network),
@@ -197,9 +199,20 @@ def train_stream(session: Session) -> Iterator[Batch]:
         epoch=position.epoch,
         rank=run.rank,
         world_size=run.world_size,
-        start_step=position.step,
+        start_step=max(position.step - 1, 0) if mixes else position.step,
         max_lanes=config.data.lanes,
         loader=session.loader,
         verify=config.data.verify_checksums,
         pin_memory=run.device.type == "cuda",
+    )
+    if not mixes:
+        return batches
+    return mixing.mixed(
+        batches,
+        config.augment,
+        num_classes=len(session.dataset.classes),
+        seed=config.train.seed,
+        epoch=position.epoch,
+        start_step=position.step,
+        device=run.device,
     )

@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from dying_runs import Killed, assert_same_bits, last_weights, run_in, small_config
+from ranks import run_ranks
 from shard_sets import write_set
+from torch import nn
 
+from medtl_dist.config import Config
 from medtl_dist.data.stream import eval_batches
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Folder
@@ -75,3 +78,33 @@ def test_a_killed_run_resumes_its_average_to_the_bit(shards: str, tmp_path: Path
     fit(config, run_in(tmp_path / "killed"))
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert last_weights(tmp_path / "whole")
+
+
+def _epoch_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
+    """One epoch with every BatchNorm in eval, so that an image's gradient does not depend on its neighbours."""
+    session = start(config, run_in(Path(folder) / f"of-{world_size}-{config.sha256()[:6]}", rank, world_size))
+    for module in session.network.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+    loop.train_epoch(session)
+    session.loader.close()
+    session.journal.close()
+    return {name: t.detach().numpy().copy() for name, t in session.network.model.state_dict().items()}
+
+
+_LOSS = ("train.loss=focal", "train.class_weights={PNEUMONIA: 3}", "train.label_smoothing=0.1")
+_MIXING = ("augment.mixup_alpha=0.4", "augment.cutmix_alpha=1", "data.lanes=5", "data.global_batch_size=10")
+
+
+def test_unequal_ranks_with_mixed_labels_and_focal_loss_train_as_one_process(shards: str, tmp_path: Path) -> None:
+    # 5 lanes of 2 on 2 ranks: 4 and 6 images a step, each mixed as in one process; accumulation cuts them once more.
+    config = small_config(shards, *_LOSS, *_MIXING, "train.accumulation_steps=2", "optim.layer_decay=0.5")
+    alone = _epoch_with_frozen_norms(0, 1, config, str(tmp_path))
+    unmixed = _epoch_with_frozen_norms(0, 1, small_config(shards, *_LOSS, *_MIXING[2:]), str(tmp_path))
+    together = run_ranks(2, _epoch_with_frozen_norms, config, str(tmp_path))
+    assert not np.allclose(alone["fc.weight"], unmixed["fc.weight"], rtol=1e-4, atol=2e-6)
+    for name, values in alone.items():
+        # fp32 sums in another order, as in test_fit.py.
+        np.testing.assert_allclose(together[0][name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+        assert np.array_equal(together[0][name], together[1][name])

@@ -129,6 +129,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
     other_values |= {"train.precision": "bf16", "train.class_weights": "balanced", "evaluate.unit": "patient"}
     other_values |= {
         "train.ema_decay": 0.9,
+        "train.loss": "focal",
         "evaluate.sensitivity": 0.9,
         "evaluate.aggregate": "max",
         "data.normalisation": "half",

@@ -1,25 +1,18 @@
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from medtl_dist.config import Optim, Schedule
 from medtl_dist.models.freezing import freeze
 from medtl_dist.models.registry import spec
 from medtl_dist.train.optim import (
-    balanced_class_weights,
     create_optimizer,
-    loss_sum,
-    loss_weight,
     lr_factor,
     parameter_groups,
     set_lr,
@@ -139,25 +132,3 @@ def test_a_decoupled_step_with_a_zero_gradient_is_the_closed_form_of_each_group(
         torch.testing.assert_close(model.get_parameter(name), before[name] * shrink, rtol=1e-6, atol=0)
     for name in ("bn1.weight", "fc.bias"):
         assert torch.equal(model.get_parameter(name), before[name])
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_summed_loss_over_parts_is_torchs_weighted_mean(smoothing: float, weighted: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(11, 3, generator=generator)
-    labels = torch.randint(0, 3, (11,), generator=generator)
-    weights = torch.tensor([0.5, 2.0, 1.5]) if weighted else None
-    expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
-    parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
-    total = sum(loss_sum(logits[p], labels[p], class_weights=weights, label_smoothing=smoothing) for p in parts)
-    denominator = sum(loss_weight(labels[p], weights) for p in parts)
-    assert float(total / denominator) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_balanced_weights_are_scikit_learns() -> None:
-    labels = [0] * 5 + [1] * 2 + [2] * 13
-    expected = compute_class_weight("balanced", classes=np.array([0, 1, 2]), y=labels)
-    assert balanced_class_weights([5, 2, 13]) == pytest.approx(list(expected))
-    assert balanced_class_weights([4, 0]) == [0.5, 0.0]
-    assert math.isclose(sum(w * n for w, n in zip(balanced_class_weights([5, 2, 13]), [5, 2, 13], strict=True)), 20)
