@@ -64,9 +64,30 @@ class Data(_Section):
     )
 
 
+# What each named set gives the keys of ``augment``; radiograph is the fields' own defaults.
+_NO_AUGMENTATION = {"crop_area_min": 1.0, "rotation_deg": 0.0, "brightness": 0.0, "contrast": 0.0}
+_SLIDE = {
+    "crop_area_min": 0.64,
+    "horizontal_flip": True,
+    "right_angles": True,
+    "rotation_deg": 0.0,
+    "stain_jitter": 0.15,
+}
+AUGMENT_SETS: dict[str, dict[str, Any]] = {
+    "none": _NO_AUGMENTATION,
+    "radiograph": {},
+    "histology": _SLIDE | {"stain_model": "hematoxylin_eosin"},
+    "cytology": _SLIDE | {"stain_model": "color"},
+}
+
+
 class Augment(_Section):
     """Training views. The defaults suit radiographs: no mirror (laterality), at least 0.8 of the area."""
 
+    name: Literal["none", "radiograph", "histology", "cytology"] = Field(
+        default="radiograph",
+        description="Set that gives the keys below their values; a key that is given keeps its own.",
+    )
     crop_area_min: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.8, description="Smallest area of the random crop; 1: none."
     )
@@ -80,12 +101,27 @@ class Augment(_Section):
     contrast: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Largest random change of contrast, as a share of it."
     )
+    right_angles: bool = Field(default=False, description="Turn by 0, 90, 180 or 270 degrees. For slides.")
+    stain_jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Largest random change of the amount of each stain, as a share of it. For slides."
+    )
+    stain_model: Literal["hematoxylin_eosin", "color"] = Field(
+        default="hematoxylin_eosin", description="Stains that are told apart; color: each colour channel by itself."
+    )
     mixup_alpha: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Blend each image with another, its share from Beta(alpha, alpha); 0: off."
     )
     cutmix_alpha: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Paste a box of another image, its area from Beta(alpha, alpha); 0: off."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_the_set(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name")
+        return (AUGMENT_SETS.get(name, {}) if isinstance(name, str) else {}) | given
 
 
 class Model(_Section):

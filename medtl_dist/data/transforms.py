@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from medtl_dist.data.augment import StainModel, restain, right_angle
 from medtl_dist.errors import DataError
 
 Image = npt.NDArray[Any]  # always uint8; OpenCV's stubs promise less
@@ -55,7 +56,8 @@ class TrainTransform:
     ``crop_area_min``: least share of the frame's area in (0, 1], the aspect kept. ``hflip``: mirrors half of the
     samples; off by default, since it moves the heart. ``rotation_deg``: up to so many degrees either way, about the
     crop's centre. ``brightness``, ``contrast``: factors from [1 - x, 1 + x], x in [0, 1); contrast about the crop's
-    own mean. Black bars stay black.
+    own mean. Black bars stay black. For slides (data/augment.py): ``right_angles`` turns by 0, 90, 180 or 270
+    degrees; ``stain_jitter`` varies the amounts of stain by factors from [1 - x, 1 + x].
     """
 
     image_size_px: int
@@ -65,6 +67,9 @@ class TrainTransform:
     rotation_deg: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
+    right_angles: bool = False
+    stain_jitter: float = 0.0
+    stain_model: StainModel = "hematoxylin_eosin"
 
     def __call__(self, image: Image, draws: Draws) -> Image:
         left, top, width, height = _frame(image, self.mode)
@@ -85,6 +90,10 @@ class TrainTransform:
         )
         if self.hflip and flip < 0.5:
             shown = cv2.flip(shown, 1)
+        if self.right_angles:
+            shown = right_angle(shown, float(draws[8]))
+        if self.stain_jitter > 0:
+            shown = restain(shown, draws[9:12], self.stain_jitter, self.stain_model)
         return _channels_first(shown)
 
 

@@ -29,6 +29,7 @@ from medtl_dist.train.journal import Journal
 from medtl_dist.train.parallel import check_batch_norm, wrap
 from medtl_dist.train.setup import (
     Network,
+    check_augmentation,
     create_network,
     open_shards,
     scorer_of,
@@ -80,6 +81,7 @@ def start(config: Config, run: Run) -> Session:
     threads = set_threads(config, run.world_size)
     torch.manual_seed(config.train.seed * 1009 + run.rank)
     dataset = agreed(lambda: open_shards(config))
+    agreed(lambda: check_augmentation(config, dataset))
     plan = agreed(lambda: plan_of(config, dataset))
     own_batch = agreed(lambda: len(plan.lanes_of(run.rank, run.world_size))) * plan.lane_batch
     warnings: list[str] = []
@@ -145,6 +147,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     if open_test and not dataset.shards("test"):
         raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
     resolve_depth(spec(config.model.backbone), config.model.frozen_depth)
+    check_augmentation(config, dataset)
     _class_weights(config, dataset, torch.device("cpu"))
     check_world_size(
         plan_of(config, dataset).num_lanes, max(config.cluster.num_workers, 1), config.data.global_batch_size

@@ -157,7 +157,20 @@ def train_transform_of(config: Config, network: Network) -> TrainTransform:
         rotation_deg=config.augment.rotation_deg,
         brightness=config.augment.brightness,
         contrast=config.augment.contrast,
+        right_angles=config.augment.right_angles,
+        stain_jitter=config.augment.stain_jitter,
+        stain_model=config.augment.stain_model,
     )
+
+
+def check_augmentation(config: Config, dataset: Dataset) -> None:
+    """Raises UserError where two stains are to be told apart in grey images."""
+    augment = config.augment
+    if augment.stain_jitter > 0 and augment.stain_model == "hematoxylin_eosin" and dataset.channels != 3:
+        raise UserError(
+            f"augment.stain_model = hematoxylin_eosin needs RGB images, and {dataset.folder} holds grey ones: give "
+            "augment.stain_model=color, or augment.stain_jitter=0."
+        )
 
 
 def preprocessing_of(config: Config, dataset: Dataset, network: Network) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from medtl_dist.config import Config
 from medtl_dist.data.stream import eval_batches
+from medtl_dist.errors import UserError
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Folder
 from medtl_dist.train import checkpoint, loop
@@ -108,3 +109,8 @@ def test_unequal_ranks_with_mixed_labels_and_focal_loss_train_as_one_process(sha
         # fp32 sums in another order, as in test_fit.py.
         np.testing.assert_allclose(together[0][name], values, rtol=1e-4, atol=2e-6, err_msg=name)
         assert np.array_equal(together[0][name], together[1][name])
+
+
+def test_two_stains_in_grey_images_are_refused(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stain_model = hematoxylin_eosin needs RGB"):
+        fit(small_config(shards, "augment.name=histology"), run_in(tmp_path))

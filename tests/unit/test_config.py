@@ -130,6 +130,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
     other_values |= {
         "train.ema_decay": 0.9,
         "train.loss": "focal",
+        "augment.stain_model": "color",
         "evaluate.sensitivity": 0.9,
         "evaluate.aggregate": "max",
         "data.normalisation": "half",
@@ -141,6 +142,8 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         new = other_values.get(
             dotted, (not value) if isinstance(value, bool) else 0.5 if isinstance(value, float) else 3
         )
+        if dotted == "augment.name":  # changes the other keys of its section: see test_augment.py
+            continue
         if dotted == "model.zero_init_residual":
             assert base.model.weights == "random"
         changed = load_config(preset="smoke", overrides=[f"{dotted}={yaml.safe_dump(new).splitlines()[0]}"])
