@@ -208,6 +208,17 @@ class Train(_Section):
     early_stop_epochs: PositiveInt | None = Field(
         default=None, description="Stop after so many epochs without a better val AUC."
     )
+    unfreeze: dict[PositiveInt, Annotated[int, Field(ge=0)]] = Field(
+        default={},
+        description="Stages still frozen from an epoch (from 0) on, for example {2: 4, 5: 0}; before, model.frozen_depth.",
+    )
+    checkpoint_every_steps: PositiveInt | None = Field(
+        default=None, description="Checkpoints within an epoch, every so many steps; null: at the ends of epochs."
+    )
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Checkpoints within an epoch, so many minutes after the last; null: none by the clock.",
+    )
     threads: PositiveInt | None = Field(
         default=None, description="CPU threads per rank; null: the rank's share. Bits depend on it."
     )
@@ -364,11 +375,8 @@ def differing_keys(one: Config, other: Config) -> list[str]:
     ]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:

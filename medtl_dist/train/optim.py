@@ -82,6 +82,15 @@ def create_optimizer(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torc
     return torch.optim.AdamW(own, lr=config.lr)
 
 
+def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """``new`` with the state (momenta, counts of steps) that ``old`` has of the parameters that both hold."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+    return new
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:

@@ -10,8 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from medtl_dist import collectives
 from medtl_dist.config import Config
+from medtl_dist.data.plan import EpochPlan
 from medtl_dist.errors import UserError
 from medtl_dist.models.normalise import normalise
+from medtl_dist.run import Run
 from medtl_dist.train.setup import Network
 
 
@@ -44,6 +46,11 @@ def wrap(config: Config, network: Network, channels: int, own_batch: int) -> nn.
     wrapped.zero_grad(set_to_none=True)
     network.model.load_state_dict(before)
     return wrapped
+
+
+def own_batch_of(plan: EpochPlan, run: Run) -> int:
+    """Images of a step that are this rank's. Raises UserError where there are more ranks than lanes."""
+    return len(plan.lanes_of(run.rank, run.world_size)) * plan.lane_batch
 
 
 def device_of(network: Network) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,13 @@ from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
 from medtl_dist.errors import MedtlError, UserError
-from medtl_dist.models.freezing import resolve_depth
 from medtl_dist.models.registry import spec
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint, losses, mixing, optim
 from medtl_dist.train.ema import Ema, ema_of
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
-from medtl_dist.train.parallel import check_batch_norm, wrap
+from medtl_dist.train.parallel import check_batch_norm, own_batch_of, wrap
 from medtl_dist.train.setup import (
     Network,
     check_augmentation,
@@ -37,6 +37,7 @@ from medtl_dist.train.setup import (
     train_transform_of,
 )
 from medtl_dist.train.state import check_same_run, restore
+from medtl_dist.train.unfreeze import check_unfreezing, depth_at
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ class Session:
     journal: Journal
     position: Position
     started: str
+    saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
 
 
 def start(config: Config, run: Run) -> Session:
@@ -83,7 +85,8 @@ def start(config: Config, run: Run) -> Session:
     dataset = agreed(lambda: open_shards(config))
     agreed(lambda: check_augmentation(config, dataset))
     plan = agreed(lambda: plan_of(config, dataset))
-    own_batch = agreed(lambda: len(plan.lanes_of(run.rank, run.world_size))) * plan.lane_batch
+    own_batch = agreed(lambda: own_batch_of(plan, run))
+    agreed(lambda: check_unfreezing(config, spec(config.model.backbone)))
     warnings: list[str] = []
     step = collectives.from_rank_0(
         agreed(lambda: checkpoint.latest(run.folder, warnings.append) if run.rank == 0 else None)
@@ -91,8 +94,16 @@ def start(config: Config, run: Run) -> Session:
     saved = agreed(lambda: checkpoint.load(run.folder, step)) if step is not None else None
     if saved is not None:
         agreed(lambda: check_same_run(config, dataset, run, saved))
-    network = create_network(config, dataset, device=run.device, rank=run.rank, load_weights=saved is None)
-    agreed(lambda: check_batch_norm(config, own_batch, all_frozen=network.frozen_depth == network.spec.num_stages))
+    network = create_network(
+        config,
+        dataset,
+        device=run.device,
+        rank=run.rank,
+        load_weights=saved is None,
+        frozen_depth=depth_at(config, spec(config.model.backbone), saved[2]["epoch"] if saved is not None else 0),
+    )
+    least_frozen = depth_at(config, network.spec, config.train.epochs)
+    agreed(lambda: check_batch_norm(config, own_batch, all_frozen=least_frozen == network.spec.num_stages))
     ema = ema_of(network.model, config.train.ema_decay) if config.train.ema_decay is not None else None
     scorer = scorer_of(config, network)
     session = Session(
@@ -146,7 +157,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     dataset = open_shards(config)
     if open_test and not dataset.shards("test"):
         raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
-    resolve_depth(spec(config.model.backbone), config.model.frozen_depth)
+    check_unfreezing(config, spec(config.model.backbone))
     check_augmentation(config, dataset)
     _class_weights(config, dataset, torch.device("cpu"))
     check_world_size(

@@ -65,15 +65,22 @@ def set_threads(config: Config, world_size: int) -> int:
 
 
 def create_network(
-    config: Config, dataset: Dataset, *, device: torch.device, rank: int, load_weights: bool = True
+    config: Config,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    rank: int,
+    load_weights: bool = True,
+    frozen_depth: int | None = None,
 ) -> Network:
     """Build the config's network for the data set. Collective: rank 0 reads the weights, the others receive them.
 
     ``load_weights=False``: the caller loads a checkpoint next, so initial weights need not exist any more.
+    ``frozen_depth``: None for the config's, that of epoch 0.
     Raises UserError on every rank where the weights can't be had or don't fit.
     """
     backbone = spec(config.model.backbone)
-    depth = resolve_depth(backbone, config.model.frozen_depth)
+    depth = resolve_depth(backbone, config.model.frozen_depth if frozen_depth is None else frozen_depth)
     if config.data.normalisation == "half":
         normalisation = Normalisation((0.5,) * dataset.channels, (0.5,) * dataset.channels)
     else:

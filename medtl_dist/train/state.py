@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,18 @@ def save(session: Session) -> None:
             checkpoint.retain(run.folder, best=best["checkpoint"] if best else None, newest=position.global_step)
         except OSError as error:
             failure = disk_error(run, error)
+    session.saved_at = time.monotonic()
     collectives.raise_together(failure)
+
+
+def due(session: Session) -> bool:
+    """Whether the coming step should be followed by a checkpoint, even within the epoch. By rank 0's clock: let it decide."""
+    train = session.config.train
+    by_steps = train.checkpoint_every_steps is not None and (
+        (session.position.global_step + 1) % train.checkpoint_every_steps == 0
+    )
+    minutes = (time.monotonic() - session.saved_at) / 60
+    return by_steps or (train.checkpoint_every_minutes is not None and minutes >= train.checkpoint_every_minutes)
 
 
 def restore(session: Session, saved: Saved) -> None:

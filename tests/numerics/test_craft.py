@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import nn
 from medtl_dist.config import Config
 from medtl_dist.data.stream import eval_batches
 from medtl_dist.errors import UserError
+from medtl_dist.models.freezing import freeze
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Folder
-from medtl_dist.train import checkpoint, loop
+from medtl_dist.train import checkpoint, loop, optim, unfreeze
+from medtl_dist.train.clock import ACTIVITIES
 from medtl_dist.train.loop import fit
-from medtl_dist.train.session import start
+from medtl_dist.train.session import Session, start
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +72,6 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(
     assert row["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_a_killed_run_resumes_its_average_to_the_bit(shards: str, tmp_path: Path) -> None:
-    config = small_config(shards, "train.ema_decay=0.9")
-    fit(config, run_in(tmp_path / "whole"))
-    killed = run_in(tmp_path / "killed")
-    killed.die_after_epoch = 0
-    with pytest.raises(Killed):
-        fit(config, killed)
-    fit(config, run_in(tmp_path / "killed"))
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
-    assert last_weights(tmp_path / "whole")
-
-
 def _epoch_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
     """One epoch with every BatchNorm in eval, so that an image's gradient does not depend on its neighbours."""
     session = start(config, run_in(Path(folder) / f"of-{world_size}-{config.sha256()[:6]}", rank, world_size))
@@ -114,3 +105,128 @@ def test_unequal_ranks_with_mixed_labels_and_focal_loss_train_as_one_process(sha
 def test_two_stains_in_grey_images_are_refused(shards: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stain_model = hematoxylin_eosin needs RGB"):
         fit(small_config(shards, "augment.name=histology"), run_in(tmp_path))
+
+
+_EVERYTHING = (
+    *("train.ema_decay=0.8", "train.unfreeze={1: 3, 2: 0}", "model.frozen_depth=all", "train.epochs=3"),
+    *("train.checkpoint_every_steps=9", "optim.layer_decay=0.7", "optim.clip_norm=1"),
+    *("optim.decay_norms_and_biases=false", "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1", "train.loss=focal"),
+)
+
+
+def _whole_and_twice_killed(rank: int, world_size: int, config: Config, folder: str) -> None:
+    """4 steps an epoch, checkpoints after 4, 8, 9 and 12. Killed at step 5, just after stages were unfrozen; resumed, and
+    killed at step 10, whose last checkpoint lies within the epoch."""
+    fit(config, run_in(Path(folder) / "whole", rank, world_size))
+    for poll, newest in ((2, 4), (3, 9)):
+        killed = run_in(Path(folder) / "killed", rank, world_size)
+        killed.die_at_poll = poll
+        with pytest.raises(Killed):
+            fit(config, killed)
+        assert checkpoint.steps(killed.folder)[-1] == newest
+    fit(config, run_in(Path(folder) / "killed", rank, world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_run_of_everything_killed_twice_equals_the_whole_one_bit_for_bit(
+    shards: str, tmp_path: Path, world_size: int
+) -> None:
+    config = small_config(shards, *_EVERYTHING)
+    if world_size == 1:
+        _whole_and_twice_killed(0, 1, config, str(tmp_path))
+    else:
+        run_ranks(world_size, _whole_and_twice_killed, config, str(tmp_path))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    _, one, _ = checkpoint.load(Folder.local(tmp_path / "whole"), 12)
+    _, other, _ = checkpoint.load(Folder.local(tmp_path / "killed"), 12)
+    assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+    for name, tensor in one["learning_weights"].items():
+        assert torch.equal(tensor, other["learning_weights"][name]), name
+
+
+def _trained_in_place(config: Config, folder: Path, *, reference: bool) -> list[dict[str, torch.Tensor]]:
+    """The model's state after each epoch; as a ``reference``, with one optimiser that holds all parameters from the start
+    and passes over those without a gradient."""
+    session = start(config, run_in(folder))
+    network = session.network
+    if reference:
+        network.model.requires_grad_(True)
+        groups = optim.parameter_groups(config.optim, network.model, network.spec)
+        session.optimizer = optim.create_optimizer(config.optim, groups)
+        freeze(network.model, network.spec, network.frozen_depth)
+    states = [{name: tensor.clone() for name, tensor in network.model.state_dict().items()}]
+    for _ in range(config.train.epochs):
+        loop.close_epoch(session, loop.train_epoch(session))
+        states.append({name: tensor.clone() for name, tensor in network.model.state_dict().items()})
+    session.loader.close()
+    session.journal.close()
+    return states
+
+
+def test_unfreezing_keeps_the_state_of_what_learns_and_begins_with_none(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("train.unfreeze={1: 4, 2: 1}", "model.frozen_depth=5", "train.epochs=3", "optim.layer_decay=0.5")
+    config = small_config(shards, *options, "optim.name=adamw")
+    found = _trained_in_place(config, tmp_path / "ours", reference=False)
+
+    def freeze_only(session: Session) -> None:
+        spec = session.network.spec
+        freeze(session.network.model, spec, unfreeze.depth_at(config, spec, session.position.epoch))
+
+    monkeypatch.setattr(loop, "unfreeze", freeze_only)
+    expected = _trained_in_place(config, tmp_path / "reference", reference=True)
+    for ours, reference in zip(found, expected, strict=True):
+        assert all(torch.equal(tensor, reference[name]) for name, tensor in ours.items())
+    # What moves in each epoch is what is not frozen in it, running statistics included.
+    for epoch, still in enumerate((("conv1", "bn1", "layer"), ("conv1", "bn1", *_LAYERS[:3]), ("conv1", "bn1"))):
+        for name, tensor in found[epoch].items():
+            assert torch.equal(tensor, found[epoch + 1][name]) == name.startswith(still), (epoch, name)
+
+
+_LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+def _unfrozen_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
+        place = Path(folder) / f"of-{world_size}"
+        fit(config, run_in(place, rank, world_size))
+    weights = last_weights(place)
+    return {name: tensor.numpy() for name, tensor in weights.items()}
+
+
+def test_unfreezing_on_two_ranks_is_that_of_one_process(shards: str, tmp_path: Path) -> None:
+    config = small_config(shards, "train.unfreeze={1: 2}", "model.frozen_depth=all", "data.global_batch_size=9")
+    alone = _unfrozen_with_frozen_norms(0, 1, config, str(tmp_path))
+    together = run_ranks(2, _unfrozen_with_frozen_norms, config, str(tmp_path))
+    for name, values in alone.items():
+        np.testing.assert_allclose(together[0][name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("unfreezing", "message"),
+    [
+        ("{2: 0}", r"epoch 2 never comes; train\.epochs = 2"),
+        ("{1: 3}", "depth 3 unfreezes nothing, 3 of the 5"),
+        ("{1: 9}", "depth 9 unfreezes nothing"),
+    ],
+)
+def test_unfreezing_that_does_nothing_is_refused(shards: str, tmp_path: Path, unfreezing: str, message: str) -> None:
+    config = small_config(shards, f"train.unfreeze={unfreezing}", "model.frozen_depth=3")
+    with pytest.raises(UserError, match=message):
+        fit(config, run_in(tmp_path))
+
+
+def test_checkpoints_by_the_clock_and_where_the_time_goes(shards: str, tmp_path: Path) -> None:
+    fit(small_config(shards, "train.epochs=1", "train.checkpoint_every_minutes=1e-9"), run_in(tmp_path))
+    assert checkpoint.steps(Folder.local(tmp_path)) == [3, 4]  # the last two of 1, 2, 3 and the epoch's own
+    assert [checkpoint.load_meta(Folder.local(tmp_path), step)["step"] for step in (3, 4)] == [3, 0]
+    (row,) = pq.read_table(tmp_path / "history.parquet").to_pylist()
+    spent = {name: row[f"{name}_s"] for name in ACTIVITIES}
+    assert all(seconds > 0 for seconds in spent.values())
+    # The row is made before the epoch's own checkpoint, whose time is added to it afterwards.
+    assert sum(spent.values()) - spent["checkpoint"] <= row["epoch_s"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["throughput"]["seconds_per_epoch"] == spent
+    assert row["data_wait_fraction"] == pytest.approx(spent["data_wait"] * row["images_per_s"] / 24)
