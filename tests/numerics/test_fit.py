@@ -234,8 +234,7 @@ def _train_with_frozen_norms(rank: int, world_size: int, config: Config, folder:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
-    train_epoch(session)
-    close_epoch(session, {"train_s": 1.0, "images_per_s": 1.0, "data_wait_fraction": 0.0})
+    close_epoch(session, train_epoch(session))
     session.loader.close()
     session.journal.close()
     weights = {name: t.detach().numpy().copy() for name, t in session.network.model.state_dict().items()}
