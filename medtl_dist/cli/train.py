@@ -30,15 +30,21 @@ def train(
     test: Annotated[
         bool, typer.Option("--test", help="Score the test split once at the end; the ledger counts it.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and stop; nothing is opened or written.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train on a shard set, in this process or with Ray Train workers.
 
     Example: medtl train --preset resnet101 --set data.shards=my_set --set cluster.num_workers=2 --run-dir runs/first
     """
+    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    if dry_run:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
     from medtl_dist.train.run_folder import default_run_folder
 
-    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
 
 
