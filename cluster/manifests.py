@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-from cluster.placement import Store, checked_annotations, checked_image, checked_label, checked_name, checked_version, checked_words
+from cluster.placement import (
+    Store,
+    checked_annotations,
+    checked_image,
+    checked_label,
+    checked_name,
+    checked_version,
+    checked_words,
+)
 from cluster.pods import CONFIG_FOLDER, RUN_LABEL, PodNeeds, autoscaler_options, head_pod, submitter_pod, worker_pod
 from cluster.sizing import OBJECT_STORE_BYTES, Resources, Shape, Tree
 from medtl_dist.config import Config
@@ -70,13 +78,14 @@ class Target:
             raise UserError("--store is missing: where run folders are written, s3://…, gs://… or /mnt/… with --claim.")
         if self.queue is not None and self.shape.elastic:
             raise UserError("--queue with --min-gpus: Kueue admits jobs of a fixed size; leave one of the two out.")
-        for option, number in (
-            ("--deadline-h", self.deadline_s),
-            ("--retries", self.retries),
-            ("--grace-s", self.grace_s),
-        ):
-            if number < 1:
-                raise UserError(f"{option} is too small: expected at least 1.")
+        numbers = (
+            ("--deadline-h", self.deadline_s // 3600, 1),
+            ("--retries", self.retries, 1),
+            ("--grace-s", self.grace_s, 60),
+        )
+        for option, number, least in numbers:
+            if number < least:
+                raise UserError(f"{option} {number}: expected at least {least}.")
 
     @property
     def run_folder(self) -> str:
