@@ -127,7 +127,7 @@ def config_for(config: Config, target: Target) -> Config:
     lanes = max(n for n in range(1, min(limit, batch) + 1) if batch % n == 0)
     check_world_size(lanes, shape.ranks, batch)
     rank = shape.rank
-    data = {"shards": store.place("data.shards", config.data.shards)}
+    data: dict[str, Any] = {"shards": store.place("data.shards", config.data.shards)}
     if config.data.loader_workers is None:
         data["loader_workers"] = rank.loaders
     changes: dict[str, dict[str, Any]] = {

@@ -43,6 +43,11 @@ def train(
     if dry_run:
         typer.echo(resolved.to_yaml(), nl=False)
         return
+    if run_dir is not None and ":/" in str(run_dir):
+        raise UserError(
+            f"--run-dir {str(run_dir).replace(':/', '://', 1)}: run folders can't be on object stores yet; give a folder that "
+            "all nodes of the cluster mount."
+        )
     from medtl_dist.train.run_folder import default_run_folder
 
     run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
