@@ -6,6 +6,7 @@ What needs torch is imported where it is used: `medtl --help` and the packing pr
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ def train(
     if dry_run:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    if run_dir is not None and ":/" in str(run_dir):
+    if run_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(run_dir)):  # Path has made one slash of two
         raise UserError(
             f"--run-dir {str(run_dir).replace(':/', '://', 1)}: run folders can't be on object stores yet; give a folder that "
             "all nodes of the cluster mount."

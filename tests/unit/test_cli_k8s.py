@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from medtl_dist.cli.k8s import render
 from medtl_dist.cli.main import run
 
 IMAGE = "medtl@sha256:" + "1" * 64
@@ -110,9 +114,25 @@ def test_apply_tells_when_kubectl_fails_or_is_missing(
     assert "--apply needs kubectl" in capsys.readouterr().err
 
 
-def test_the_renderer_imports_neither_ray_nor_torch() -> None:
-    import subprocess
+def documented_commands() -> list[str]:
+    texts = [(Path(__file__).parents[2] / "docs/kubernetes.md").read_text(encoding="utf-8"), render.__doc__ or ""]
+    lines = [line.strip() for text in texts for line in re.sub(r"\\\n\s*", "", text).splitlines()]
+    return [line for line in lines if line.startswith("medtl k8s render ")]
 
+
+def test_the_documented_commands_run(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = documented_commands()
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(
+            command.replace("@sha256:…", f"@sha256:{'2' * 64}").replace("--image …", f"--image {IMAGE}").split(">")[0]
+        )
+        assert run(words[1:]) == 0, capsys.readouterr().err
+        assert bool(capsys.readouterr().out) == ("--apply" not in words)
+    assert kubectl.exists()
+
+
+def test_the_renderer_imports_neither_ray_nor_torch() -> None:
     code = (
         "import sys; from medtl_dist.cli.main import run; "
         f"assert run({[*RENDER]!r}) == 0; sys.exit(any(name in sys.modules for name in ('ray', 'torch')))"
