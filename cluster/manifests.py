@@ -4,8 +4,9 @@ KubeRay RayJob or RayCluster. Never string templates; what reaches a shell holds
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from medtl_dist.errors import UserError
 
 JOB, CLUSTER = "train", "cluster"
 HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
+_ADDRESS = re.compile(r"(https?)://[A-Za-z0-9.-]+(?::([0-9]{1,5}))?(?:/|$)")
 _GKE_IDENTITY = "iam.gke.io/gcp-service-account"
 
 
@@ -99,7 +101,7 @@ def render(config: Config, target: Target, *, open_test: bool = False, with_conf
 
     ``with_config=False`` leaves the ConfigMap to kustomize's generator.
     """
-    account, policy = service_account(target), network_policy(target)
+    account, policy = service_account(target), network_policy(target, ports=_ports(config))
     if target.kind == CLUSTER:
         return [account, policy, ray_cluster(target)]
     config_map = [config_map_of(config_for(config, target), target)] if with_config else []
@@ -138,7 +140,7 @@ def config_for(config: Config, target: Target) -> Config:
             "num_workers": shape.ranks,
             "use_gpu": shape.gpu,
             "cpus_per_worker": float(rank.cpus),
-            "address": None,  # the job's own cluster, by RAY_ADDRESS
+            "address": "auto",  # the job's own cluster or an error, never a new one on the head
         },
     }
     return config.model_copy(
@@ -174,8 +176,8 @@ def service_account(target: Target) -> Tree:
     }
 
 
-def network_policy(target: Target) -> Tree:
-    """The run's pods talk to each other; the operator asks the head; out go DNS, HTTPS and Kubernetes' API only."""
+def network_policy(target: Target, *, ports: Sequence[int] = ()) -> Tree:
+    """The run's pods talk to each other; the operator asks the head; out go DNS, HTTPS, Kubernetes' API and ``ports``."""
     own = {"podSelector": {"matchLabels": {RUN_LABEL: target.name}}}
     operator = {
         "namespaceSelector": {},
@@ -184,7 +186,7 @@ def network_policy(target: Target) -> Tree:
     egress: list[Tree] = [
         {"to": [own]},
         {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
-        {"ports": [{"protocol": "TCP", "port": port} for port in (443, 6443)]},
+        {"ports": [{"protocol": "TCP", "port": port} for port in sorted({443, 6443, *ports})]},
     ]
     if _GKE_IDENTITY in target.identity:  # Workload Identity asks the node's metadata server
         hosts = ("169.254.169.254/32", "169.254.169.252/32")
@@ -288,6 +290,12 @@ def _metadata(target: Target, *, name: str | None = None, labels: Mapping[str, s
         "labels": {RUN_LABEL: target.name, "app.kubernetes.io/managed-by": "medtl", **(labels or {})},
     }
     return metadata if target.namespace is None else metadata | {"namespace": target.namespace}
+
+
+def _ports(config: Config) -> list[int]:
+    """Ports of the addresses that the config names, such as an object store's own."""
+    found = [_ADDRESS.match(text) for _, text in _strings(config.model_dump(mode="json"))]
+    return [int(match[2] or {"http": 80, "https": 443}[match[1]]) for match in found if match]
 
 
 def _strings(tree: Any, key: str = "") -> list[tuple[str, str]]:

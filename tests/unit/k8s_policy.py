@@ -187,6 +187,8 @@ def _config_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:
         yield "the config's ranks don't fill the workers' CPUs"
     if sum(n * int(limits.get("nvidia.com/gpu", 0)) for n, limits in there) != (ranks if gpus else 0):
         yield "the config's ranks are not the workers' GPUs"
+    if place.get("address") != "auto":
+        yield "without cluster.address the driver may start a Ray of its own on the head"
     if not re.match(r"(s3|gs)://|/mnt/", config["data"]["shards"]):
         yield "pods can't see data.shards"
     if config.get("train", {}).get("threads") is None or config["data"].get("loader_workers") is None:

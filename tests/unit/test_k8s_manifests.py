@@ -250,13 +250,25 @@ def test_the_config_is_the_laptops_but_for_places_and_sizes() -> None:
     }
     assert changed == {
         "data.shards": "s3://bucket/team/medtl/sets/xrays", "data.loader_workers": 2, "train.threads": 1,
-        "cluster.num_workers": 8, "cluster.use_gpu": True, "cluster.cpus_per_worker": 3.0,
+        "cluster.num_workers": 8, "cluster.use_gpu": True, "cluster.cpus_per_worker": 3.0, "cluster.address": "auto",
     }  # fmt: skip
     once = config_for(CONFIG, TARGETS["gpu"])
     assert config_for(once, TARGETS["gpu"]) == once
 
 
-def test_the_operators_identities_reach_the_service_account_and_the_network() -> None:
+def test_the_network_is_open_to_the_addresses_of_the_config_and_no_others() -> None:
+    def ports(shards: str) -> list[int]:
+        manifests = render(load_config(overrides=[f"data.shards={shards}"]), TARGETS["gpu"])
+        https = of_kind(manifests, "NetworkPolicy")["spec"]["egress"][2]
+        assert manifest_errors(of_kind(manifests, "NetworkPolicy")) == []
+        return [port["port"] for port in https["ports"]]
+
+    assert ports("set") == ports("https://data.example.org/set") == [443, 6443]
+    assert ports("http://store.storage.svc:8333/set") == [443, 6443, 8333]
+    assert ports("http://store.storage.svc") == [80, 443, 6443]
+
+
+def test_identities_reach_the_service_account_and_the_network() -> None:
     assert of_kind(rendered("irsa"), "ServiceAccount")["metadata"]["annotations"] == TARGETS["irsa"].identity
     assert "169.254.169.254/32" not in str(of_kind(rendered("irsa"), "NetworkPolicy"))
     assert "169.254.169.254/32" in str(of_kind(rendered("gke"), "NetworkPolicy"))
