@@ -1,5 +1,5 @@
 """Strict validation of manifests offline: KubeRay's kinds by their CRDs as an API server does it, built-in kinds and each pod
-template by kubernetes-validate."""
+template by kubernetes-validate. Not seen: the CRDs' CEL rules, and what only the operator checks (see k8s_policy.py)."""
 
 from __future__ import annotations
 
