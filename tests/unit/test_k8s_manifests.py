@@ -1,62 +1,22 @@
-"""Manifests of a run: valid by KubeRay's and Kubernetes' schemas, within our own rules, whatever a user types."""
+"""Manifests of a run: valid by KubeRay's and Kubernetes' schemas, within our own rules."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import re
-import shlex
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from k8s_policy import faults
 from k8s_schema import manifest_errors, needs_crds
+from k8s_targets import CONFIG, ELASTIC, IMAGE, TARGETS, of_kind, rendered
 
-from cluster.manifests import Target, config_for, render, to_yaml, train_command
-from cluster.placement import Store, checked_words
-from cluster.sizing import cpu_shape, gpu_shape
+from cluster.manifests import config_for, render, to_yaml
+from cluster.placement import Store
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import UserError
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, the same rules
-IMAGE = "registry.example.org:5000/team/medtl:1.0@sha256:" + "0123456789abcdef" * 4
-GPU = gpu_shape(gpus=8, gpus_per_worker=4, min_gpus=None, global_batch_size=64, image_size_px=224)
-ELASTIC = gpu_shape(gpus=8, gpus_per_worker=4, min_gpus=0, global_batch_size=64, image_size_px=224)
-CPU = cpu_shape(workers=2, cpus_per_worker=2)
-S3 = Store("s3://bucket/team/medtl")
-PVC = Store("/mnt/store", "claim-1")
-CONFIG = load_config(preset="resnet101", overrides=["data.shards=sets/xrays"])
-
-TARGETS = {
-    "gpu": Target("xrays-1", IMAGE, GPU, S3),
-    "cpu": Target("xrays-1", IMAGE, CPU, Store("gs://bucket"), namespace="1e3"),
-    "elastic": Target("a", IMAGE, ELASTIC, S3, spot=("cloud.example.org/kind", "spot"), grace_s=60),
-    "kueue": Target("a" * 47, IMAGE, GPU, S3, queue="0o17", token_secret="ray-token"),
-    "volume": Target("xrays-1", IMAGE, GPU, PVC),
-    "secret": Target("xrays-1", IMAGE, GPU, S3, credentials_secret="s3-login"),
-    "irsa": Target(
-        "xrays-1", IMAGE, GPU, S3, identity={"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/medtl"}
-    ),
-    "gke": Target(
-        "xrays-1", IMAGE, GPU, S3, identity={"iam.gke.io/gcp-service-account": "medtl@project.iam.gserviceaccount.com"}
-    ),
-    "cluster": Target("a" * 53, IMAGE, ELASTIC, kind="cluster"),
-    "cluster-kueue": Target("notebook", IMAGE, CPU, PVC, kind="cluster", queue="q"),
-}
-
-
-def rendered(name: str) -> list[dict[str, Any]]:
-    return list(yaml.load_all(to_yaml(render(CONFIG, TARGETS[name])), Loader=LOADER))
-
-
-def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = [m for m in manifests if m["kind"] == kind]
-    return found
 
 
 @needs_crds
@@ -363,130 +323,6 @@ def test_paths_lie_in_the_store() -> None:
     assert shipped("gpu", "data.shards=gs://other/a").data.shards == "gs://other/a"
     assert shipped("volume", "data.shards=a", "model.weights=w/a.pth").model.weights == "/mnt/store/w/a.pth"
     assert shipped("gpu", "data.shards=a", "model.weights=random").model.weights == "random"
-
-
-HOSTILE = st.text(max_size=40) | st.sampled_from(
-    [
-        "a; id",
-        "$(HOME)",
-        "`id`",
-        "a\nb: c",
-        "{{x}}",
-        "'",
-        '"',
-        "a b",
-        "--set",
-        "a&&b",
-        "|",
-        "%s",
-        "1e3",
-        "0o17",
-        "~",
-        "null",
-        "no",
-        "é",
-        "",
-    ]
-)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    name=HOSTILE,
-    root=HOSTILE,
-    claim=st.none() | HOSTILE,
-    kind=st.sampled_from(["train", "cluster"]),
-    test=st.booleans(),
-)
-def test_a_hostile_name_or_store_is_refused_or_stays_one_word(
-    name: str, root: str, claim: str | None, kind: str, test: bool
-) -> None:
-    for store_root in (root, f"s3://bucket/{root}", f"/mnt/{root}"):
-        with contextlib.suppress(UserError):
-            target = Target(name, IMAGE, GPU, Store(store_root, claim), kind=kind)
-            _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
-        with contextlib.suppress(UserError):
-            target = Target("good", IMAGE, GPU, Store(store_root, claim))
-            _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
-
-
-# What a user may type, at its strangest: every value here is accepted.
-LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
-NAME = st.from_regex(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", fullmatch=True)
-ROOT = st.from_regex(r"(s3|gs)://[a-z0-9]{3}(/[A-Za-z0-9_=+-][A-Za-z0-9._=+-]{0,10}){0,2}", fullmatch=True)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    name=NAME,
-    root=ROOT,
-    label=LABEL,
-    value=st.from_regex(r"[ -~]{1,30}", fullmatch=True),
-    shards=st.text(min_size=1, max_size=30),
-)
-def test_what_is_accepted_comes_through_yaml_and_shells_unchanged(
-    name: str, root: str, label: str, value: str, shards: str
-) -> None:
-    target = Target(
-        name, IMAGE, GPU, Store(root), namespace=label, queue=label, credentials_secret=label, identity={"a/b": value}
-    )
-    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"shards": shards})})
-    manifests = None
-    with contextlib.suppress(UserError):  # a folder of this machine, a login
-        manifests = render(config, target)
-    if manifests is None:
-        return
-    _holds_together(target, manifests, open_test=False)
-    placed = yaml.safe_load(of_kind(manifests, "ConfigMap")["data"]["config.yaml"])["data"]["shards"]
-    assert placed == config_for(config, target).data.shards
-
-
-def _holds_together(target: Target, manifests: list[dict[str, Any]], *, open_test: bool) -> None:
-    text = to_yaml(manifests)
-    read = list(yaml.load_all(text, Loader=LOADER))
-    assert read == manifests
-    # kubectl reads YAML by other rules than PyYAML: what is bare must be a word in both.
-    for scalar in _bare_texts(text):
-        assert re.fullmatch(r"[A-Za-z/].*", scalar, re.DOTALL)
-        assert scalar.lower() not in ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
-    for manifest in read:
-        if manifest["kind"] == "RayJob":
-            wanted = [
-                "medtl",
-                "train",
-                "--config",
-                "/etc/medtl/config.yaml",
-                "--run-dir",
-                target.run_folder,
-                "--resume",
-            ]
-            wanted += ["--test"] if open_test else []
-            words = shlex.split(manifest["spec"]["entrypoint"])
-            assert words == wanted == train_command(target, open_test=open_test)
-            assert shlex.split(shlex.join(words)) == words == manifest["spec"]["entrypoint"].split(" ")
-
-
-def _bare_texts(text: str) -> list[str]:
-    events = yaml.parse(text, Loader=LOADER)
-    scalars = [event for event in events if isinstance(event, yaml.ScalarEvent) and not event.style]
-    resolve = yaml.SafeLoader("").resolve
-    return [s.value for s in scalars if resolve(yaml.ScalarNode, s.value, (True, False)) == "tag:yaml.org,2002:str"]
-
-
-def is_accepted(word: str) -> bool:
-    try:
-        return checked_words([word]) == [word]
-    except UserError:
-        return False
-
-
-def test_a_word_is_accepted_exactly_where_a_shell_needs_no_quotes() -> None:
-    for character in map(chr, range(0x250)):
-        for word in (character, f"a{character}", f"{character}a"):
-            assert is_accepted(word) == (word.isascii() and shlex.quote(word) == word), repr(word)
-    assert not is_accepted("")
-    with pytest.raises(UserError, match="would be part of a command line"):
-        checked_words(["medtl", "$(HOME)"])
 
 
 def test_rendering_leaves_its_input_alone() -> None:
