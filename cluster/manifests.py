@@ -120,6 +120,8 @@ def config_for(config: Config, target: Target) -> Config:
     if store is None:
         raise UserError("--store is missing: it holds shard sets and run folders.")
     for key, text in _strings(config.model_dump(mode="json")):
+        if not text.isprintable():  # line separators among them, which YAML's versions read differently
+            raise UserError(f"{key} = {text!r}: expected printable characters only.")
         if "://" in text and ("@" in text or "?" in text):
             raise UserError(
                 f"{key} holds a URL with a login or a query: a ConfigMap is no place for secrets. Give the plain URL, and the "
@@ -316,7 +318,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None
-    if "\n" in text:
+    if not text.replace("\n", "").isprintable():
+        style = '"'  # escaped
+    elif "\n" in text:
         style = "|"
     elif not (text[:1].isalpha() or text[:1] == "/") or text.lower() in ("y", "n", "yes", "no", "on", "off"):
         style = '"'

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from k8s_targets import CONFIG, GPU, IMAGE, LOADER, of_kind
 
@@ -68,6 +68,8 @@ NAME = st.from_regex(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", fullmatch=True)
 ROOT = st.from_regex(r"(s3|gs)://[a-z0-9]{3}(/[A-Za-z0-9_=+-][A-Za-z0-9._=+-]{0,10}){0,2}", fullmatch=True)
 
 
+@example(name="a", root="s3://000", label="0", value="0", shards="\x85")  # a line break to YAML 1.1, none to 1.2
+@example(name="a", root="s3://000", label="0", value="0", shards="é 漢 #: x")
 @settings(max_examples=25, deadline=None)
 @given(
     name=NAME,
@@ -88,6 +90,7 @@ def test_what_is_accepted_comes_through_yaml_and_shells_unchanged(
         manifests = render(config, target)
     if manifests is None:
         return
+    assert shards.isprintable()
     _holds_together(target, manifests, open_test=False)
     placed = yaml.safe_load(of_kind(manifests, "ConfigMap")["data"]["config.yaml"])["data"]["shards"]
     assert placed == config_for(config, target).data.shards
@@ -130,6 +133,16 @@ def is_accepted(word: str) -> bool:
         return checked_words([word]) == [word]
     except UserError:
         return False
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30) | st.lists(HOSTILE, max_size=4).map("\n".join))
+@example("a\n\x85b\n")
+@example("a \n\tb\n\n")
+def test_any_text_comes_through_yaml(text: str) -> None:
+    for loader in (LOADER, yaml.SafeLoader):
+        (read,) = yaml.load_all(to_yaml([{"a": text, text: ["b"]}]), Loader=loader)
+        assert read == {"a": text, text: ["b"]}
 
 
 def test_a_word_is_accepted_exactly_where_a_shell_needs_no_quotes() -> None:

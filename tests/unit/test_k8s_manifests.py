@@ -301,6 +301,7 @@ def test_a_store_that_pods_could_not_share_is_refused(root: str, claim: str | No
         ("gpu", ["data.shards=~/set"], "pods can't see this machine's folders"),
         ("gpu", ["data.shards=../set"], "pods can't see this machine's folders"),
         ("volume", ["data.shards=/mnt/other/set"], "pods can't see this machine's folders"),
+        ("gpu", ["data.shards=a\u2028b"], "expected printable characters only"),
         ("gpu", ["data.shards=s3://key:secret@bucket/set"], "a ConfigMap is no place for secrets"),
         ("gpu", ["data.shards=s3://bucket/set?X-Amz-Signature=1"], "a ConfigMap is no place for secrets"),
         ("gpu", ["data.shards=set", "model.weights=my.pth"], "Put it on a volume"),
