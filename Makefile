@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 MEDTL_DATA_DIR ?= ../shared/data
 export MEDTL_DATA_DIR
 
-.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser clean help
+.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser test-k8s k8s-files clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,6 +40,17 @@ unit: $(STAMP) ## pytest
 test-browser: $(STAMP) ## the report in a real browser; needs chromium
 	@command -v chromium >/dev/null || { echo "make test-browser needs chromium (Debian: apt-get install chromium)"; exit 1; }
 	MEDTL_STAGE_BROWSER=1 $(BIN)/python -m pytest tests/browser
+
+test-k8s: $(STAMP) ## every overlay through kubectl kustomize; needs kubectl
+	@command -v kubectl >/dev/null || { echo "make test-k8s needs kubectl (kubernetes.io/docs/tasks/tools; no cluster)"; exit 1; }
+	MEDTL_STAGE_K8S=1 $(BIN)/python -m pytest tests/k8s
+
+# A digest of zeros: no registry has it, so that nobody runs these files without naming an image.
+K8S_IMAGE := registry.example.org/medtl@sha256:0000000000000000000000000000000000000000000000000000000000000000
+k8s-files: $(STAMP) ## write the manifests that k8s/ is built on, with the renderer
+	$(BIN)/medtl k8s render --name medtl-train --image $(K8S_IMAGE) --config k8s/base/config.yaml --store s3://my-bucket/medtl \
+	  --without-config > k8s/base/manifests.yaml
+	$(BIN)/medtl k8s render --name medtl --image $(K8S_IMAGE) --kind cluster --gpus 4 --min-gpus 0 > k8s/interactive/manifests.yaml
 
 bench: $(STAMP) ## benchmark scripts; each prints its own table
 	$(BIN)/python benchmarks/interval_coverage.py

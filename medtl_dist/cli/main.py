@@ -11,6 +11,7 @@ import typer
 from medtl_dist import __version__
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.report import report
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.errors import MedtlError
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(k8s_app, name="k8s")
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)

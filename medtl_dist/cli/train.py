@@ -6,6 +6,7 @@ What needs torch is imported where it is used: `medtl --help` and the packing pr
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,15 +31,26 @@ def train(
     test: Annotated[
         bool, typer.Option("--test", help="Score the test split once at the end; the ledger counts it.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and stop; nothing is opened or written.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train on a shard set, in this process or with Ray Train workers.
 
     Example: medtl train --preset resnet101 --set data.shards=my_set --set cluster.num_workers=2 --run-dir runs/first
     """
+    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    if dry_run:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
+    if run_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(run_dir)):  # Path has made one slash of two
+        raise UserError(
+            f"--run-dir {str(run_dir).replace(':/', '://', 1)}: run folders can't be on object stores yet; give a folder that "
+            "all nodes of the cluster mount."
+        )
     from medtl_dist.train.run_folder import default_run_folder
 
-    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
 
 

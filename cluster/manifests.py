@@ -1,0 +1,337 @@
+"""A run's config and a few typed choices → Kubernetes manifests as plain data: ConfigMap, ServiceAccount, NetworkPolicy, and a
+KubeRay RayJob or RayCluster. Never string templates; what reaches a shell holds no character that a shell reads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from cluster.placement import (
+    Store,
+    checked_annotations,
+    checked_image,
+    checked_label,
+    checked_name,
+    checked_version,
+    checked_words,
+)
+from cluster.pods import CONFIG_FOLDER, RUN_LABEL, PodNeeds, autoscaler_options, head_pod, submitter_pod, worker_pod
+from cluster.sizing import OBJECT_STORE_BYTES, Resources, Shape, Tree
+from medtl_dist.config import Config
+from medtl_dist.data.plan import check_world_size
+from medtl_dist.errors import UserError
+
+JOB, CLUSTER = "train", "cluster"
+HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
+_ADDRESS = re.compile(r"(https?)://[A-Za-z0-9.-]+(?::([0-9]{1,5}))?(?:/|$)")
+_GKE_IDENTITY = "iam.gke.io/gcp-service-account"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Everything about the place that a config does not say. Checked when it is made: a bad value cannot exist.
+
+    Raises:
+        UserError: what was given, and what is expected; see ``cluster.placement``.
+    """
+
+    name: str
+    image: str
+    shape: Shape
+    store: Store | None = None
+    kind: str = JOB
+    namespace: str | None = None
+    queue: str | None = None
+    spot: tuple[str, str] | None = None
+    credentials_secret: str | None = None
+    token_secret: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    grace_s: int = 120
+    deadline_s: int = 24 * 3600
+    keep_s: int = 3600
+    retries: int = 3
+    allow_tag: bool = False
+    ray_version: str = field(default_factory=lambda: importlib.metadata.version("ray"))
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, self.kind)
+        checked_image(self.image, allow_tag=self.allow_tag)
+        for option, value in (
+            ("--namespace", self.namespace),
+            ("--queue", self.queue),
+            ("--credentials-secret", self.credentials_secret),
+            ("--token-secret", self.token_secret),
+        ):
+            if value is not None:
+                checked_label(option, value)
+        if self.spot is not None:
+            checked_annotations("--spot", {self.spot[0]: self.spot[1]}, as_label=True)
+        checked_annotations("--identity", self.identity)
+        checked_version(self.ray_version)
+        if self.kind not in (JOB, CLUSTER):
+            raise UserError(f"--kind {self.kind}: expected {JOB} or {CLUSTER}.")
+        if self.kind == JOB and self.store is None:
+            raise UserError("--store is missing: where run folders are written, s3://…, gs://… or /mnt/… with --claim.")
+        if self.queue is not None and self.shape.elastic:
+            raise UserError("--queue with --min-gpus: Kueue admits jobs of a fixed size; leave one of the two out.")
+        numbers = (
+            ("--deadline-h", self.deadline_s // 3600, 1),
+            ("--retries", self.retries, 1),
+            ("--grace-s", self.grace_s, 60),
+        )
+        for option, number, least in numbers:
+            if number < least:
+                raise UserError(f"{option} {number}: expected at least {least}.")
+
+    @property
+    def run_folder(self) -> str:
+        if self.store is None:
+            raise UserError("--store is missing: it holds the run folder.")
+        return self.store.at(f"runs/{self.name}")
+
+
+def render(config: Config, target: Target, *, open_test: bool = False, with_config: bool = True) -> list[Tree]:
+    """The manifests of a run, in the order in which they are applied. ``config`` is adapted by :func:`config_for`.
+
+    ``with_config=False`` leaves the ConfigMap to kustomize's generator.
+    """
+    account, policy = service_account(target), network_policy(target, ports=_ports(config))
+    if target.kind == CLUSTER:
+        return [account, policy, ray_cluster(target)]
+    config_map = [config_map_of(config_for(config, target), target)] if with_config else []
+    return [account, *config_map, policy, ray_job(target, train_command(target, open_test=open_test))]
+
+
+def config_for(config: Config, target: Target) -> Config:
+    """The run's config as its pods read it: paths in the store, ranks and CPUs of the shape.
+
+    CPUs are said outright because a process in a pod sees the whole node's. Adapting twice changes nothing.
+
+    Raises:
+        UserError: a path that pods can't see, a login inside a URL, more ranks than the global batch has lanes for.
+    """
+    shape, store = target.shape, target.store
+    if store is None:
+        raise UserError("--store is missing: it holds shard sets and run folders.")
+    for key, text in _strings(config.model_dump(mode="json")):
+        if not text.isprintable():  # line separators among them, which YAML's versions read differently
+            raise UserError(f"{key} = {text!r}: expected printable characters only.")
+        if "://" in text and ("@" in text or "?" in text):
+            raise UserError(
+                f"{key} holds a URL with a login or a query: a ConfigMap is no place for secrets. Give the plain URL, and the "
+                "credentials by --identity or --credentials-secret."
+            )
+    batch, limit = config.data.global_batch_size, config.data.lanes
+    lanes = max(n for n in range(1, min(limit, batch) + 1) if batch % n == 0)
+    check_world_size(lanes, shape.ranks, batch)
+    rank = shape.rank
+    data: dict[str, Any] = {"shards": store.place("data.shards", config.data.shards)}
+    if config.data.loader_workers is None:
+        data["loader_workers"] = rank.loaders
+    changes: dict[str, dict[str, Any]] = {
+        "data": data,
+        "train": {} if config.train.threads else {"threads": rank.cpus - rank.loaders},
+        "model": {"weights": store.place_weights(config.model.weights)},
+        "cluster": {
+            "num_workers": shape.ranks,
+            "use_gpu": shape.gpu,
+            "cpus_per_worker": float(rank.cpus),
+            "address": "auto",  # the job's own cluster or an error, never a new one on the head
+        },
+    }
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    )
+
+
+def train_command(target: Target, *, open_test: bool = False) -> list[str]:
+    """The job's argv. It resumes by run name: a new run starts, an interrupted one goes on, a finished one ends at once."""
+    command = ["medtl", "train", "--config", f"{CONFIG_FOLDER}/config.yaml", "--run-dir", target.run_folder, "--resume"]
+    return command + (["--test"] if open_test else [])
+
+
+def config_map_of(config: Config, target: Target) -> Tree:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(target, name=f"{target.name}-config"),
+        "data": {"config.yaml": config.to_yaml()},
+    }
+
+
+def service_account(target: Target) -> Tree:
+    """The run's identity; ``target.identity`` are the annotations of IRSA or Workload Identity."""
+    metadata = _metadata(target)
+    if target.identity:
+        metadata["annotations"] = dict(target.identity)
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": metadata,
+        "automountServiceAccountToken": False,
+    }
+
+
+def network_policy(target: Target, *, ports: Sequence[int] = ()) -> Tree:
+    """The run's pods talk to each other; the operator asks the head; out go DNS, HTTPS, Kubernetes' API and ``ports``."""
+    own = {"podSelector": {"matchLabels": {RUN_LABEL: target.name}}}
+    operator = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}},
+    }
+    egress: list[Tree] = [
+        {"to": [own]},
+        {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
+        {"ports": [{"protocol": "TCP", "port": port} for port in sorted({443, 6443, *ports})]},
+    ]
+    if _GKE_IDENTITY in target.identity:  # Workload Identity asks the node's metadata server
+        hosts = ("169.254.169.254/32", "169.254.169.252/32")
+        egress.append(
+            {
+                "to": [{"ipBlock": {"cidr": host}} for host in hosts],
+                "ports": [{"protocol": "TCP", "port": port} for port in (80, 988)],
+            }
+        )
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(target),
+        "spec": {
+            "podSelector": own["podSelector"],
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"protocol": "TCP", "port": 8265}]}],
+            "egress": egress,
+        },
+    }
+
+
+def ray_job(target: Target, command: list[str]) -> Tree:
+    """A RayJob that runs ``command`` on a cluster of its own, and again on a new one after the loss of its head."""
+    queue = {} if target.queue is None else {"kueue.x-k8s.io/queue-name": target.queue}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": _metadata(target, labels=queue),
+        "spec": {
+            "activeDeadlineSeconds": target.deadline_s,
+            "backoffLimit": target.retries,
+            "entrypoint": shlex.join(checked_words(command)),
+            "rayClusterSpec": _cluster_spec(target, config_map=f"{target.name}-config"),
+            "shutdownAfterJobFinishes": True,
+            "submissionMode": "K8sJobMode",
+            "submitterConfig": {"backoffLimit": 3},
+            "submitterPodTemplate": submitter_pod(_needs(target)),
+            "suspend": target.queue is not None,  # Kueue starts what it admits
+            "ttlSecondsAfterFinished": target.keep_s,
+        },
+    }
+
+
+def ray_cluster(target: Target) -> Tree:
+    """A RayCluster for interactive use: it stays until it is deleted."""
+    queue = {} if target.queue is None else {"kueue.x-k8s.io/queue-name": target.queue}
+    spec = _cluster_spec(target, config_map=None)
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": _metadata(target, labels=queue),
+        "spec": spec | ({"suspend": True} if target.queue is not None else {}),
+    }
+
+
+def _cluster_spec(target: Target, *, config_map: str | None) -> Tree:
+    shape, needs = target.shape, _needs(target)
+    auth = {"mode": "token"} | ({} if target.token_secret is None else {"secretName": target.token_secret})
+    start = {"object-store-memory": str(OBJECT_STORE_BYTES)}
+    spec: Tree = {
+        "rayVersion": target.ray_version,
+        "authOptions": auth,
+        "enableInTreeAutoscaling": shape.elastic,
+        "headGroupSpec": {
+            "rayStartParams": {"num-cpus": "0", **start},  # no rank lands on the head
+            "serviceType": "ClusterIP",
+            "template": head_pod(needs, HEAD, api_access=shape.elastic, config_map=config_map),
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": "gpu" if shape.gpu else "cpu",
+                "replicas": shape.pods,
+                "minReplicas": shape.min_pods,
+                "maxReplicas": shape.pods,
+                "rayStartParams": start,
+                "template": worker_pod(needs, shape.worker, spot=target.spot),
+            }
+        ],
+    }
+    if shape.elastic:
+        spec["autoscalerOptions"] = autoscaler_options()
+    return spec
+
+
+def _needs(target: Target) -> PodNeeds:
+    store = target.store
+    return PodNeeds(
+        run=target.name,
+        image=target.image,
+        grace_s=target.grace_s,
+        store_claim=store.claim if store else None,
+        store_path=store.root if store and store.claim else None,
+        credentials_secret=target.credentials_secret,
+    )
+
+
+def _metadata(target: Target, *, name: str | None = None, labels: Mapping[str, str] | None = None) -> Tree:
+    metadata: Tree = {
+        "name": name or target.name,
+        "labels": {RUN_LABEL: target.name, "app.kubernetes.io/managed-by": "medtl", **(labels or {})},
+    }
+    return metadata if target.namespace is None else metadata | {"namespace": target.namespace}
+
+
+def _ports(config: Config) -> list[int]:
+    """Ports of the addresses that the config names, such as an object store's own."""
+    found = [_ADDRESS.match(text) for _, text in _strings(config.model_dump(mode="json"))]
+    return [int(match[2] or {"http": 80, "https": 443}[match[1]]) for match in found if match]
+
+
+def _strings(tree: Any, key: str = "") -> list[tuple[str, str]]:
+    if isinstance(tree, Mapping):
+        return [pair for name, value in tree.items() for pair in _strings(value, f"{key}.{name}" if key else str(name))]
+    if isinstance(tree, list):
+        return [pair for value in tree for pair in _strings(value, key)]
+    return [(key, tree)] if isinstance(tree, str) else []
+
+
+class _Dumper(yaml.SafeDumper):
+    """Strings that any YAML version could take for something else are quoted: PyYAML leaves 1e3 and 0o17 bare, which kubectl
+    reads as numbers."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None
+    if not text.replace("\n", "").isprintable():
+        style = '"'  # escaped
+    elif "\n" in text:
+        style = "|"
+    elif not (text[:1].isalpha() or text[:1] == "/") or text.lower() in ("y", "n", "yes", "no", "on", "off"):
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(manifests: list[Tree]) -> str:
+    """The manifests as one YAML stream, keys sorted, the same bytes for the same input."""
+    return yaml.dump_all(
+        manifests, Dumper=_Dumper, sort_keys=True, allow_unicode=True, explicit_start=True, width=10**6
+    )
