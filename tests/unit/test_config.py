@@ -131,6 +131,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
     other_values |= {"train.precision": "bf16", "train.class_weights": "balanced", "evaluate.unit": "patient"}
     other_values |= {
         "train.ema_decay": 0.9,
+        "evaluate.views": "mirror",
         "train.unfreeze": {1: 0},
         "train.loss": "focal",
         "augment.stain_model": "color",
