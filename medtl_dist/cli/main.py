@@ -12,6 +12,7 @@ from medtl_dist import __version__
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.report import report
+from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.errors import MedtlError
 
@@ -26,6 +27,7 @@ app.add_typer(data_app, name="data")
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)
+app.command()(status)
 app.command()(demo)
 
 

@@ -108,6 +108,7 @@ def test_two_stains_in_grey_images_are_refused(shards: str, tmp_path: Path) -> N
 
 
 _EVERYTHING = (
+    *("model.backbone=tiny_dropout", "train.activation_checkpointing=true"),
     *("train.ema_decay=0.8", "train.unfreeze={1: 3, 2: 0}", "model.frozen_depth=all", "train.epochs=3"),
     *("train.checkpoint_every_steps=9", "optim.layer_decay=0.7", "optim.clip_norm=1"),
     *("optim.decay_norms_and_biases=false", "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1", "train.loss=focal"),
@@ -225,6 +226,7 @@ def test_unequal_ranks_mix_weigh_and_unfreeze_as_one_process_does(shards: str, t
 def test_stages_computed_twice_train_to_the_same_bits(shards: str, tmp_path: Path) -> None:
     """Running statistics and their counters, seen once per step, included; with the average's copy of the model."""
     options = ("train.ema_decay=0.9", "train.unfreeze={1: 1}", "model.frozen_depth=3", "train.precision=bf16")
+    options += ("model.backbone=tiny_dropout",)
     fit(small_config(shards, *options), run_in(tmp_path / "kept"))
     fit(small_config(shards, *options, *_RECOMPUTED), run_in(tmp_path / "recomputed"))
     assert_same_bits(tmp_path / "kept", tmp_path / "recomputed")
