@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from medtl_dist.cli.main import run
+from medtl_dist.config import load_config
+from medtl_dist.errors import UserError
+from medtl_dist.train.run_folder import opened_run_folder
 
 _ROW = {
     "train_loss": 0.5,
@@ -98,3 +102,20 @@ def test_asking_takes_no_lock_and_a_run_just_begun_has_no_news(
 def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status", str(tmp_path)]) == 2
     assert "is not a run folder: it has no config.yaml" in capsys.readouterr().err
+
+
+def test_a_driver_waits_out_a_glance_but_not_another_driver(tmp_path: Path) -> None:
+    config = load_config(preset="smoke")
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as glance:
+        fcntl.flock(glance, fcntl.LOCK_SH)
+        with (
+            pytest.raises(UserError, match="another process is training"),
+            opened_run_folder(tmp_path, config, resume=False),
+        ):
+            pass
+        release = threading.Timer(0.05, fcntl.flock, (glance, fcntl.LOCK_UN))
+        release.start()
+        with opened_run_folder(tmp_path, config, resume=False) as opened:
+            assert opened == tmp_path
+        release.join()
