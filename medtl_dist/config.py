@@ -250,6 +250,12 @@ class Train(_Section):
     accumulation_steps: PositiveInt = Field(
         default=1, description="Parts in which a rank's batch is computed, to save memory."
     )
+    activation_checkpointing: bool = Field(
+        default=False, description="Compute each learning stage twice instead of keeping its activations: less memory."
+    )
+    sync_batchnorm: bool = Field(
+        default=False, description="BatchNorm over the batches of all workers together; on GPUs only."
+    )
     channels_last: bool = Field(default=True, description="Memory layout of convolutions.")
     early_stop_epochs: PositiveInt | None = Field(
         default=None, description="Stop after so many epochs without a better val AUC."
@@ -279,6 +285,10 @@ class Evaluate(_Section):
     sensitivity: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
         description="Threshold: the highest that reaches this sensitivity on val; null: Youden's index, with a caution.",
+    )
+    views: Literal["one", "mirror", "right_angles"] = Field(
+        default="one",
+        description="Views whose outputs are averaged: the image; it and its mirror image; both at all right angles (8).",
     )
     bootstrap_samples: PositiveInt = Field(
         default=2000, description="Resamples of patients for the bootstrap interval."

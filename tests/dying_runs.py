@@ -47,7 +47,14 @@ def run_in(folder: Path | str, rank: int = 0, world_size: int = 1) -> DyingRun:
 
 
 def small_config(shards: str, *overrides: str) -> Config:
-    fixed = ("train.threads=1", "train.epochs=2", "schedule.name=cosine", "data.global_batch_size=6")
+    """Two epochs of the backbone of tiny_backbone.py, which the caller registers."""
+    fixed = (
+        "model.backbone=tiny",
+        "train.threads=1",
+        "train.epochs=2",
+        "schedule.name=cosine",
+        "data.global_batch_size=6",
+    )
     return load_config(preset="smoke", overrides=[f"data.shards={shards}", *fixed, *overrides])
 
 

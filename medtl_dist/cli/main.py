@@ -13,6 +13,7 @@ from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.report import report
+from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.errors import MedtlError
 
@@ -28,6 +29,7 @@ app.add_typer(k8s_app, name="k8s")
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)
+app.command()(status)
 app.command()(demo)
 
 

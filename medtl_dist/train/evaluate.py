@@ -33,6 +33,7 @@ class Scorer:
     device: torch.device
     channels_last: bool
     batch_size: int
+    views: str = "one"
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,24 @@ def score_split(
 
 
 def forward(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
-    """Outputs float32 [batch, classes] of images uint8 [batch, channels, size, size]."""
+    """Outputs float32 [batch, classes] of images uint8 [batch, channels, size, size], the mean over the scorer's views."""
     images = images.to(scorer.device, non_blocking=True)
     with scorer.precision.autocast():
-        inputs = normalise(images, scorer.normalisation, channels_last=scorer.channels_last)
-        return scorer.model(inputs).float().cpu().numpy()
+        outputs = []
+        for view in views_of(images, scorer.views):
+            inputs = normalise(view, scorer.normalisation, channels_last=scorer.channels_last)
+            outputs.append(scorer.model(inputs).float())
+    return torch.stack(outputs).mean(dim=0).cpu().numpy() if len(outputs) > 1 else outputs[0].cpu().numpy()
+
+
+def views_of(images: torch.Tensor, name: str) -> list[torch.Tensor]:
+    """The square images [batch, channels, size, size] as ``evaluate.views`` says, themselves first; no pixel is made up."""
+    if name == "one":
+        return [images]
+    both = [images, images.flip(-1)]
+    if name == "mirror":
+        return both
+    return [one.rot90(turns, (-2, -1)) for one in both for turns in range(4)]
 
 
 def hex_keys(table: pa.Table) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from medtl_dist.config import Config, differing_keys, load_config
 from medtl_dist.errors import UserError
@@ -48,18 +50,26 @@ def opened_run_folder(folder: Path, config: Config, *, resume: bool) -> Iterator
     except OSError as error:
         raise UserError(f"{folder}: the run folder can't be written ({error.strerror}).") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder}: another process is training in this run folder; wait for it or stop it."
-            ) from None
+        if not _locked(lock):
+            raise UserError(f"{folder}: another process is training in this run folder; wait for it or stop it.")
         if before != config:  # new, or what its hash leaves out has changed: the shards have moved, other workers
             try:
                 Folder.local(folder).write("config.yaml", config.to_yaml().encode())
             except OSError as error:
                 raise UserError(f"{folder}: the run folder can't be written ({error.strerror}).") from None
         yield folder
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Take the lock, unless another driver holds it: who asks for a run's status holds it too, but for an instant."""
+    for _ in range(3):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
 
 
 def read_config(folder: Path) -> Config:

@@ -28,6 +28,7 @@ from medtl_dist.train.ema import Ema, ema_of
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
 from medtl_dist.train.parallel import check_batch_norm, own_batch_of, wrap
+from medtl_dist.train.recompute import recompute_stages
 from medtl_dist.train.setup import (
     Network,
     check_augmentation,
@@ -107,6 +108,8 @@ def start(config: Config, run: Run) -> Session:
     )
     least_frozen = depth_at(config, network.spec, config.train.epochs)
     agreed(lambda: check_batch_norm(config, own_batch, all_frozen=least_frozen == network.spec.num_stages))
+    if config.train.activation_checkpointing:
+        recompute_stages(network.model, network.spec)
     ema = ema_of(network.model, config.train.ema_decay) if config.train.ema_decay is not None else None
     scorer = scorer_of(config, network)
     session = Session(

@@ -116,7 +116,7 @@ def create_network(
         failure = error
     collectives.raise_together(failure)
     assert created is not None
-    model = created.model
+    model = synchronised(created.model, device) if config.train.sync_batchnorm else created.model
     freeze(model, backbone, depth)
     model.to(device)
     if config.train.channels_last:
@@ -135,6 +135,18 @@ def create_network(
         weights=weights,
         weights_sha256=digest,
     )
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with BatchNorm over all ranks, the same tensors in it; unchanged in one process.
+
+    Raises UserError, on every rank, on CPUs: torch has it for GPUs only.
+    """
+    if not collectives.active():
+        return model
+    if device.type != "cuda":
+        raise UserError("train.sync_batchnorm = true needs a GPU per worker; on CPUs leave it false.")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def broadcast_state(model: nn.Module) -> None:
@@ -166,6 +178,7 @@ def scorer_of(config: Config, network: Network) -> Scorer:
         device=next(network.model.parameters()).device,
         channels_last=config.train.channels_last,
         batch_size=config.data.eval_batch_size,
+        views=config.evaluate.views,
     )
 
 
@@ -201,6 +214,7 @@ def preprocessing_of(config: Config, dataset: Dataset, network: Network) -> dict
         "pack": dataset.info["preprocessing"],
         "image_size_px": network.image_size_px,
         "eval_view": config.data.eval_view,
+        "views": config.evaluate.views,
         "channels": dataset.channels,
         "normalisation": {"mean": list(network.normalisation.mean), "std": list(network.normalisation.std)},
     }

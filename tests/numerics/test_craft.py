@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from dying_runs import Killed, assert_same_bits, last_weights, run_in, small_config
 from ranks import run_ranks
 from shard_sets import write_set
+from tiny_backbone import tiny_registered
 from torch import nn
 
 from medtl_dist.config import Config
@@ -20,8 +22,9 @@ from medtl_dist.errors import UserError
 from medtl_dist.models.freezing import freeze
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Folder
-from medtl_dist.train import checkpoint, loop, optim, unfreeze
+from medtl_dist.train import checkpoint, loop, optim, setup, unfreeze
 from medtl_dist.train.clock import ACTIVITIES
+from medtl_dist.train.evaluate import score_split, views_of
 from medtl_dist.train.loop import fit
 from medtl_dist.train.session import Session, start
 
@@ -32,6 +35,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("craft") / "set"
     write_set(folder, {"train": [11, 9, 6], "val": [9, 5]})
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    with tiny_registered():
+        yield
 
 
 def test_the_average_of_the_weights_is_what_is_scored_and_kept(
@@ -72,6 +81,10 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(
     assert row["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+_RECOMPUTED = ("train.activation_checkpointing=true",)
+
+
+@tiny_registered()
 def _epoch_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
     """One epoch with every BatchNorm in eval, so that an image's gradient does not depend on its neighbours."""
     session = start(config, run_in(Path(folder) / f"of-{world_size}-{config.sha256()[:6]}", rank, world_size))
@@ -89,31 +102,20 @@ _LOSS = ("train.loss=focal", "train.class_weights={PNEUMONIA: 3}", "train.label_
 _MIXING = ("augment.mixup_alpha=0.4", "augment.cutmix_alpha=1", "data.lanes=5", "data.global_batch_size=10")
 
 
-def test_unequal_ranks_with_mixed_labels_and_focal_loss_train_as_one_process(shards: str, tmp_path: Path) -> None:
-    # 5 lanes of 2 on 2 ranks: 4 and 6 images a step, each mixed as in one process; accumulation cuts them once more.
-    config = small_config(shards, *_LOSS, *_MIXING, "train.accumulation_steps=2", "optim.layer_decay=0.5")
-    alone = _epoch_with_frozen_norms(0, 1, config, str(tmp_path))
-    unmixed = _epoch_with_frozen_norms(0, 1, small_config(shards, *_LOSS, *_MIXING[2:]), str(tmp_path))
-    together = run_ranks(2, _epoch_with_frozen_norms, config, str(tmp_path))
-    assert not np.allclose(alone["fc.weight"], unmixed["fc.weight"], rtol=1e-4, atol=2e-6)
-    for name, values in alone.items():
-        # fp32 sums in another order, as in test_fit.py.
-        np.testing.assert_allclose(together[0][name], values, rtol=1e-4, atol=2e-6, err_msg=name)
-        assert np.array_equal(together[0][name], together[1][name])
-
-
 def test_two_stains_in_grey_images_are_refused(shards: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stain_model = hematoxylin_eosin needs RGB"):
         fit(small_config(shards, "augment.name=histology"), run_in(tmp_path))
 
 
 _EVERYTHING = (
+    *("model.backbone=tiny_dropout", "train.activation_checkpointing=true"),
     *("train.ema_decay=0.8", "train.unfreeze={1: 3, 2: 0}", "model.frozen_depth=all", "train.epochs=3"),
     *("train.checkpoint_every_steps=9", "optim.layer_decay=0.7", "optim.clip_norm=1"),
     *("optim.decay_norms_and_biases=false", "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1", "train.loss=focal"),
 )
 
 
+@tiny_registered()
 def _whole_and_twice_killed(rank: int, world_size: int, config: Config, folder: str) -> None:
     """4 steps an epoch, checkpoints after 4, 8, 9 and 12. Killed at step 5, just after stages were unfrozen; resumed, and
     killed at step 10, whose last checkpoint lies within the epoch."""
@@ -187,6 +189,7 @@ def test_unfreezing_keeps_the_state_of_what_learns_and_begins_with_none(
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
+@tiny_registered()
 def _unfrozen_with_frozen_norms(rank: int, world_size: int, config: Config, folder: str) -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
@@ -196,12 +199,75 @@ def _unfrozen_with_frozen_norms(rank: int, world_size: int, config: Config, fold
     return {name: tensor.numpy() for name, tensor in weights.items()}
 
 
-def test_unfreezing_on_two_ranks_is_that_of_one_process(shards: str, tmp_path: Path) -> None:
-    config = small_config(shards, "train.unfreeze={1: 2}", "model.frozen_depth=all", "data.global_batch_size=9")
-    alone = _unfrozen_with_frozen_norms(0, 1, config, str(tmp_path))
-    together = run_ranks(2, _unfrozen_with_frozen_norms, config, str(tmp_path))
-    for name, values in alone.items():
-        np.testing.assert_allclose(together[0][name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+def _both(rank: int, world_size: int, mixing: Config, unfreezing: Config, folder: str) -> list[dict[str, np.ndarray]]:
+    return [
+        _epoch_with_frozen_norms(rank, world_size, mixing, f"{folder}/mixing"),
+        _unfrozen_with_frozen_norms(rank, world_size, unfreezing, f"{folder}/unfreezing"),
+    ]
+
+
+def test_unequal_ranks_mix_weigh_and_unfreeze_as_one_process_does(shards: str, tmp_path: Path) -> None:
+    # 5 lanes of 2 on 2 ranks: 4 and 6 images a step, each mixed as in one process; accumulation cuts them once more.
+    mixing = small_config(
+        shards, *_LOSS, *_MIXING, "train.accumulation_steps=2", "optim.layer_decay=0.5", "optim.lr=0.1", *_RECOMPUTED
+    )
+    unfreezing = small_config(shards, "train.unfreeze={1: 2}", "model.frozen_depth=all", "data.global_batch_size=9")
+    alone = _both(0, 1, mixing, unfreezing, str(tmp_path))
+    together = run_ranks(2, _both, mixing, unfreezing, str(tmp_path))
+    for one, two, other in zip(alone, *together, strict=True):
+        for name, values in one.items():
+            # fp32 sums in another order, as in test_fit.py.
+            np.testing.assert_allclose(two[name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+            assert np.array_equal(two[name], other[name])
+    unmixed = _epoch_with_frozen_norms(0, 1, small_config(shards, *_LOSS, *_MIXING[2:], "optim.lr=0.1"), str(tmp_path))
+    assert not np.allclose(alone[0]["fc.weight"], unmixed["fc.weight"], rtol=1e-3, atol=2e-5)
+
+
+def test_stages_computed_twice_train_to_the_same_bits(shards: str, tmp_path: Path) -> None:
+    """Running statistics and their counters, seen once per step, included; with the average's copy of the model."""
+    options = ("train.ema_decay=0.9", "train.unfreeze={1: 1}", "model.frozen_depth=3", "train.precision=bf16")
+    options += ("model.backbone=tiny_dropout",)
+    fit(small_config(shards, *options), run_in(tmp_path / "kept"))
+    fit(small_config(shards, *options, *_RECOMPUTED), run_in(tmp_path / "recomputed"))
+    assert_same_bits(tmp_path / "kept", tmp_path / "recomputed")
+    assert int(last_weights(tmp_path / "recomputed")["layer4.bn1.num_batches_tracked"]) == 8
+
+
+def test_scores_of_views_are_means_over_views_made_by_hand(shards: str, tmp_path: Path) -> None:
+    session = start(small_config(shards, "evaluate.views=right_angles"), run_in(tmp_path))
+    scorer = session.scorer
+    found = score_split(scorer, session.dataset, "val", rank=0, world_size=1)
+    assert found is not None
+    session.loader.close()
+    session.journal.close()
+    scorer.model.eval()
+    expected: dict[str, np.ndarray] = {}
+    batches = list(eval_batches(session.dataset, "val", transform=scorer.transform, batch_size=scorer.batch_size))
+    for batch in batches:
+        images = batch.images[: batch.num_real].numpy()
+        views = [np.rot90(one, k, (2, 3)).copy() for one in (images, images[:, :, :, ::-1]) for k in range(4)]
+        assert len({view.tobytes() for view in views}) == 8
+        with torch.no_grad():
+            outputs = [scorer.model(normalise(torch.from_numpy(view), scorer.normalisation)).numpy() for view in views]
+        expected |= dict(zip(batch.keys, np.mean(outputs, axis=0), strict=True))
+    for key, outputs in zip(found.keys, found.outputs, strict=True):
+        np.testing.assert_allclose(outputs, expected[key], rtol=1e-5, atol=1e-6)
+    images = batches[0].images
+    assert [len(views_of(images, name)) for name in ("one", "mirror")] == [1, 2]
+    assert torch.equal(views_of(images, "mirror")[1], images.flip(3))
+
+
+def test_batch_norm_over_cpus_is_refused_and_one_process_has_nothing_to_synchronise(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = start(small_config(shards, "train.sync_batchnorm=true"), run_in(tmp_path)).network.model
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    monkeypatch.setattr(setup.collectives, "active", lambda: True)
+    with pytest.raises(UserError, match=r"train\.sync_batchnorm = true needs a GPU"):
+        setup.synchronised(model, torch.device("cpu"))
+    converted = setup.synchronised(model, torch.device("cuda"))  # the conversion itself needs no GPU
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 5
+    assert converted.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         "data.sampling": "class",
         "data.sampling_weights": {"PNEUMONIA": 2.0},
         "train.ema_decay": 0.9,
+        "evaluate.views": "mirror",
         "train.unfreeze": {1: 0},
         "train.loss": "focal",
         "augment.stain_model": "color",

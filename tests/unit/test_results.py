@@ -30,3 +30,20 @@ def test_one_class_in_val_has_no_threshold(tmp_path) -> None:
     dataset = write_set(tmp_path / "set", {"train": [4], "val": [4]})
     val = Predictions(list("wxyz"), np.ones(4, np.int64), np.zeros((4, 2)))
     assert results.fix_threshold(load_config(), dataset, val) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ((), None),
+        (("train.loss=focal",), "focal loss"),
+        (("train.loss=focal", "train.focal_gamma=0"), None),
+        (("train.class_weights={NORMAL: 2}", "augment.cutmix_alpha=1"), "class weights and cutmix"),
+        (("train.label_smoothing=0.1", "augment.mixup_alpha=0.2"), "label smoothing and mixup"),
+    ],
+)
+def test_what_shifts_scores_is_said_beside_them(tmp_path, overrides: tuple[str, ...], named: str | None) -> None:
+    dataset = write_set(tmp_path / "set", {"train": [4], "val": [4]})
+    found = results.cautions(load_config(overrides=overrides), dataset, "imagenet", {"test": {}})
+    expected = f"Trained with {named}: scores are not calibrated probabilities until corrected on val."
+    assert found == ([expected] if named else [])

@@ -1,0 +1,46 @@
+"""`medtl status`: where a run stands, also for who did not start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medtl_dist.cli.follow import epoch_line, progress_facts
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> None:
+    """Say where a run stands, while it goes on or after it.
+
+    Example: medtl status runs/chest-resnet101-20261123-031500
+    """
+    from medtl_dist.train.status import status_of
+
+    found = status_of(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    news = found["seconds_since_news"]
+    typer.echo(f"{found['run']}: {found['state']}" + ("" if news is None else f", last news {news:.0f} s ago"))
+    for row in found["epochs"]:
+        typer.echo(epoch_line(row))
+        spent = {name.removesuffix("_s").replace("_", " "): row.get(name) for name in _SPENT}
+        if all(seconds is not None for seconds in spent.values()):
+            typer.echo("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items()))
+    progress = found["progress"]
+    if progress and found["state"] == "running":
+        typer.echo(
+            f"epoch {min(progress['epoch'] + 1, progress['epochs'])}/{progress['epochs']}, " + progress_facts(progress)
+        )
+    if found["state"] == "stopped":
+        newest = found["checkpoints"][-1] if found["checkpoints"] else None
+        where = "there is no checkpoint yet" if newest is None else f"its newest checkpoint is of step {newest}"
+        typer.echo(f"{where}; the same `medtl train` command with --resume goes on.")
+
+
+_SPENT = ("data_wait_s", "compute_s", "communication_s", "evaluation_s", "checkpoint_s")
