@@ -86,11 +86,11 @@ class _Tries:
         self._begun = clock.now()
         self.failures = self.troubles = 0
 
-    def failed(self, problem: Transient) -> None:
-        """Waits until the next try. Raises: Interrupted naming the address, patience has run out."""
-        self.failures += 1
+    def failed(self, problem: Transient, *, gained: bool = False) -> None:
+        """Waits until the next try; ``gained``: some bytes came all the same. Raises: Interrupted, out of patience."""
+        self.failures = 0 if gained else self.failures + 1
         self.troubles += 1
-        pause = self._patience.pause(self.failures, problem.wait_s, self._clock.draw())
+        pause = self._patience.pause(max(1, self.failures), problem.wait_s, self._clock.draw())
         spent = self._clock.now() - self._begun
         if self.failures > self._patience.retries or spent + pause >= self._patience.total_s:
             tries = "1 try" if self.troubles == 1 else f"{self.troubles} tries"
@@ -167,7 +167,7 @@ class Ranges:
                 start += len(got.data)
                 tries.failures = 0
             if start < end:
-                tries.failed(got.problem or Transient("an answer without end"))
+                tries.failed(got.problem or Transient("a short answer"), gained=len(got.data) > 0)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

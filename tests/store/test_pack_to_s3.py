@@ -59,7 +59,13 @@ def tidy(folder: Path) -> list[str]:
 
 
 def test_a_set_packed_to_a_store_is_the_one_packed_to_disk_and_trains_the_same(
-    table: Path, address: str, store: Folder, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: Path,
+    address: str,
+    store: Folder,
+    proxy: Proxy,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run(pack_command(table, address)) == 0
     said = capsys.readouterr().out
@@ -87,23 +93,28 @@ def test_a_set_packed_to_a_store_is_the_one_packed_to_disk_and_trains_the_same(
         "--set",
         "data.loader_workers=0",
     ]
-    for name, place in (("near", local.folder), ("far", address)):
-        assert run(["train", *smoke, "--set", f"data.shards={place}", "--run-dir", str(tmp_path / name)]) == 0
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    reached = ["--set", f"data.endpoint_url={proxy.url}", "--set", "data.cache_dir=cache", "--set", "data.cache_mib=64"]
+    for name, place, more in (("near", local.folder, []), ("far", f"{address}/", reached)):
+        assert run(["train", *smoke, *more, "--set", f"data.shards={place}", "--run-dir", str(tmp_path / name)]) == 0
     near, far = (pq.read_table(tmp_path / name / "predictions" / "val.parquet") for name in ("near", "far"))
     assert near.num_rows > 0
     assert far.equals(near)
     config = load_config(file=tmp_path / "far" / "config.yaml")
     assert config.data.shards == address
+    assert config.data.cache_dir == str(tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert config.sha256() == load_config(file=tmp_path / "near" / "config.yaml").sha256()
     for path in (tmp_path / "far").rglob("*"):
         assert path.is_dir() or SECRET_KEY.encode() not in path.read_bytes()
 
 
 def test_a_place_in_use_is_refused(table: Path, address: str, store: Folder, tmp_path: Path) -> None:
-    store.write("note.txt", b"somebody's")
+    store.write("note.gz", b"somebody's")
+    assert store.read("note.gz") == b"somebody's"  # no compression by name
     with pytest.raises(UserError, match=rf"{address} is not empty \(1 entries\)"):
         pack(table, address, options_for(table))
-    store.delete("note.txt")
+    store.delete("note.gz")
     store.write("dataset.json", b"{}")
     with pytest.raises(UserError, match=rf"{address} holds a shard set already"):
         pack(table, address, options_for(table))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +121,31 @@ def test_a_shorter_file_is_named(local: Dataset, tmp_path: Path) -> None:
         size = local.shards("train")[0].bytes
         with pytest.raises(DataError, match=rf"{name} is damaged: {size - 1024} bytes, {size} expected"):
             epoch_of(remote)
+
+
+def test_a_certificate_that_is_not_trusted_is_named_and_can_be_trusted(
+    local: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = tmp_path / "own.pem"
+    key = tmp_path / "key.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with running_web(Path(local.folder).parent, context) as site:
+        url = f"https://127.0.0.1:{site.port}"
+        with pytest.raises(
+            UserError, match=rf"{url}/set/dataset.json: the server's certificate is not trusted.*ca_bundle"
+        ):
+            open_dataset(f"{url}/set", QUICK)
+        with pytest.raises(UserError, match=r"s3://b/set/.* the server's certificate is not trusted"):
+            open_dataset("s3://b/set", dataclasses.replace(QUICK, endpoint_url=url))
+        trusting = dataclasses.replace(QUICK, ca_bundle=str(certificate))
+        assert open_dataset(f"{url}/set", trusting).sha256 == local.sha256
+        with pytest.raises(UserError, match=r"no shard set at s3://b/set"):  # past the handshake: it is no S3 server
+            open_dataset("s3://b/set", dataclasses.replace(trusting, endpoint_url=url))
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        assert open_dataset(f"{url}/set", QUICK).sha256 == local.sha256
