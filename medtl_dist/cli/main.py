@@ -13,7 +13,7 @@ from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.report import report
 from medtl_dist.cli.train import evaluate, train
-from medtl_dist.cli.verify import verify
+from medtl_dist.cli.verify import index, verify
 from medtl_dist.errors import MedtlError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app.command()(verify)
+data_app.command()(index)
 app.add_typer(data_app, name="data")
 app.command()(train)
 app.command()(evaluate)

@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from typing import Any, BinaryIO, NamedTuple
 
 from medtl_dist.data.shards import INDEX_FIELDS, Dataset, Shard, read_shard_rows
@@ -51,7 +52,7 @@ class ShardResult:
         self.faults.append(Fault(kind, self.shard.name, what, key))
 
 
-def open_shard(dataset: Dataset, shard: Shard) -> tuple[BinaryIO, int]:
+def open_shard(dataset: Dataset, shard: Shard) -> tuple[BufferedReader, int]:
     """A shard as a binary file that seeks, and its length; the only place where checking opens one.
 
     Raises: OSError, it cannot be opened; DataError, it is no regular file.
@@ -59,7 +60,7 @@ def open_shard(dataset: Dataset, shard: Shard) -> tuple[BinaryIO, int]:
     return open_regular(os.path.join(dataset.folder, shard.name))
 
 
-def open_regular(path: str) -> tuple[BinaryIO, int]:
+def open_regular(path: str) -> tuple[BufferedReader, int]:
     """A regular file and its length; never waits for a FIFO's other end. Raises: OSError; DataError, no regular file"""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     status = os.fstat(handle)

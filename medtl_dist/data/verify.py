@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from medtl_dist.data.processes import in_order, num_cores
@@ -174,7 +173,7 @@ def _compare_identities(dataset: Dataset, faults: list[Fault]) -> dict[str, int]
             for shard in dataset.shards(split):
                 table = read_shard_rows(dataset, shard, ["key", "group"])
                 keys.append(_share(_hashes(table["key"]), share, passes))
-                found = np.unique(_share(_hashes(pc.unique(table["group"])), share, passes), axis=0)
+                found = np.unique(_share(_hashes(table["group"].unique()), share, passes), axis=0)
                 groups.append(np.column_stack([found, np.full(len(found), number, np.uint64)]))
         faults += [
             Fault("key", INDEX_FILE, "its key occurs more than once", _unhash(row))
@@ -221,7 +220,7 @@ def _leaks(dataset: Dataset, leaking: set[tuple[int, ...]]) -> Iterator[Fault]:
     places: defaultdict[str, list[str]] = defaultdict(list)
     for split in dataset.splits:
         for shard in dataset.shards(split):
-            names = pc.unique(read_shard_rows(dataset, shard, ["group"])["group"]).drop_null()
+            names = read_shard_rows(dataset, shard, ["group"])["group"].unique().drop_null()
             for name, row in zip(names.to_pylist(), _hashes(names).tolist(), strict=True):
                 if tuple(row) in leaking and split not in places[name]:
                     places[name].append(split)
