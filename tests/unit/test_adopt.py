@@ -72,7 +72,7 @@ def by_webdataset(paths: list[str], *decode: str) -> list[dict[str, Any]]:
     """What plain webdataset makes of the tars; it leaves their closing to the garbage collector."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        stream = WebDataset(paths, shardshuffle=False)
+        stream: Any = WebDataset(paths, shardshuffle=False)
         found = list(stream.decode(*decode) if decode else stream)
         del stream
         gc.collect()
