@@ -23,6 +23,9 @@ MAX_EXTENDED_BYTES = 2**16
 _BLOCK = 512
 _CHUNK = 2**20
 _NO_BLOCK = bytes(_BLOCK)
+# mode, uid, gid, mtime, devmajor, devminor: not used here, but the standard library ends a tar, without a word, at a
+# header where one is no number.
+_NUMBERS = tuple(slice(*ends) for ends in ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345)))
 
 # Extensions that may be told in a message; any other could be a part of a name.
 _TOLD = frozenset((
@@ -238,6 +241,10 @@ def _header(file: BinaryIO, at: int, length: int) -> _Header | None:
         raise _Broken("no tar header where one is expected: the tar is damaged, or no tar")
     if sum(block[:148]) + sum(block[156:]) + 8 * 32 != _octal(block[148:156], "checksum"):
         raise _Broken("its header differs from the header's checksum: the tar is damaged")
+    for place in _NUMBERS:
+        text = block[place].strip(b" \0")
+        if text and block[place.start] not in (0x80, 0xFF) and not _is_octal(text):
+            raise _Broken("a number in its header is damaged: other readers would silently stop here")
     name, prefix = block[:100].split(b"\0", 1)[0], block[345:500].split(b"\0", 1)[0]
     if prefix:
         if magic != b"ustar\x0000":  # readers disagree whether GNU's fields there are a part of the name
@@ -249,9 +256,13 @@ def _header(file: BinaryIO, at: int, length: int) -> _Header | None:
 def _octal(text: bytes, what: str) -> int:
     digits = text.strip(b" \0")
     # No sign, no underscore, no base-256: what int() or GNU tar would take beyond these is no size of ours.
-    if not digits or not all(48 <= digit <= 55 for digit in digits):
+    if not _is_octal(digits):
         raise _Broken(f"the {what} in its header is no octal number, or 8 GiB and more")
     return int(digits, 8)
+
+
+def _is_octal(text: bytes) -> bool:
+    return bool(text) and all(48 <= digit <= 55 for digit in text)
 
 
 def _check_end(file: BinaryIO, at: int, length: int) -> None:

@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tar_files import END, member, pax, pax_record, png, sample
+from tar_files import END, member, members_of, pax, pax_record, png, sample
 from webdataset.tariterators import base_plus_ext
 
 from medtl_dist.data.tars import MAX_EXTENDED_BYTES, Member, Refused, TarSample, read_members, read_samples
@@ -165,6 +165,17 @@ def test_a_size_is_an_octal_number_and_nothing_else(size: bytes) -> None:
     block[124:136], block[148:156] = size, b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[:512])
     assert "no octal number" in str(read(bytes(block) + END)[0])
+
+
+@pytest.mark.parametrize("at", [100, 108, 116, 136, 329, 337])
+def test_a_number_that_stops_other_readers_is_told(at: int) -> None:
+    """tarfile, and so webdataset, end at such a header as if the tar did: the rest is silently lost."""
+    block = bytearray(member("b.png", b"x"))
+    block[at : at + 3], block[148:156] = b"x01", b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    tar = member("a.png", b"x") + bytes(block) + END
+    assert [name for name, _, _ in members_of(tar)] == ["a.png"]
+    assert str(read(tar)[1]) == "member 2: a number in its header is damaged: other readers would silently stop here"
 
 
 def test_a_gnu_header_with_a_prefix_is_refused() -> None:
