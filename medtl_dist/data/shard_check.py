@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from medtl_dist.data.shards import INDEX_FIELDS, Dataset, Shard, read_shard_rows
 from medtl_dist.data.sidecars import BadSample, Fields, look_at, parse_json, read_told
 from medtl_dist.data.tars import Member, Refused, TarSample, read_members, read_samples
 from medtl_dist.errors import DataError
+
+HASH = re.compile("[0-9a-f]{32}")
 
 _FACTS = tuple(field.name for field in INDEX_FIELDS)
 
@@ -124,6 +127,8 @@ def _row_objections(row: dict[str, Any], task: Task, end: int) -> Iterator[str]:
         yield "names another shard or split"
     if not 0 <= row["label"] < len(task.dataset.classes):
         yield f"has label {row['label']}, of {len(task.dataset.classes)} classes"
+    if not HASH.fullmatch(row["group"]):
+        yield "has a group that is no hash; is it a patient's own id?"
     if row["size"] < 1 or row["offset"] < end or row["offset"] + row["size"] > task.shard.bytes:
         yield "is out of order, or points outside the shard"
 

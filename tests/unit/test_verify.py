@@ -54,7 +54,7 @@ def edit_info(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(info))
 
 
-def edit_index(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+def edit_index(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     """Changes the rows, and lets dataset.json agree."""
     table = pq.read_table(folder / "index.parquet")
     rows = table.to_pylist()
@@ -178,7 +178,7 @@ def tar_with(change: Callable[[list[tuple[str, bytes]]], object]) -> Callable[[P
     return lambda folder: edit_tar(folder, FIRST, change)
 
 
-def index_with(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[Path], None]:
+def index_with(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[Path], None]:
     return lambda folder: edit_index(folder, change)
 
 
@@ -261,6 +261,14 @@ def test_a_fault_names_the_key(folder: Path) -> None:
     report = verify(folder, 1)
     assert {fault.key for fault in report.faults if fault.kind in ("checksum", "image") and fault.key} == {key}
     assert f"  {FIRST}: image {key}: its bytes differ from the checksum in the index" in report.lines()
+
+
+def test_a_patient_id_in_the_index_is_a_fault_and_not_told(folder: Path) -> None:
+    edit_index(folder, lambda rows: [row.update(group="Doe-7") for row in rows])
+    found = faults(folder)
+    assert ("index", FIRST, "its index row has a group that is no hash; is it a patient's own id?") in found
+    assert any(kind == "group" and what.startswith("group (no hash, so not told)") for kind, _, what in found)
+    assert "Doe" not in str(found)
 
 
 def test_every_fault_is_told_not_only_the_first(folder: Path) -> None:
