@@ -93,7 +93,7 @@ def parse_splits(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def adopt(folder: str | Path, options: AdoptOptions | None = None, progress: Progress | None = None) -> Dataset:
-    """Index the tars in ``folder`` where they lie and open the set; ``progress(done, total)`` counts bytes.
+    """Index the tars in ``folder`` where they lie and open the set; ``progress(done, total)`` counts tars.
 
     Raises:
         UserError: no tars, one without a split, already a set, fields that no sample has, fewer than two classes.
@@ -152,7 +152,7 @@ def _split_of(name: str, given: Sequence[tuple[str, str]]) -> str | None:
 
 def _adopt(folder: Path, work: Path, tasks: list[Task], options: AdoptOptions, progress: Progress | None) -> None:
     private, secret = open_private(folder, options.key_file)
-    tars = _read_all(folder, tasks, options, progress)
+    tars = _read_all(tasks, options, progress)
     refused = [(tar.name, bad) for tar in tars for bad in tar.refused]
     write_refused(private, [(tar, bad.number, bad.what, bad.name) for tar, bad in refused])
     _check_fields(tars, options.fields)
@@ -180,15 +180,12 @@ def _adopt(folder: Path, work: Path, tasks: list[Task], options: AdoptOptions, p
     sync_folder(folder)
 
 
-def _read_all(folder: Path, tasks: list[Task], options: AdoptOptions, progress: Progress | None) -> list[ReadTar]:
-    total = sum(os.stat(folder / task.name).st_size for task in tasks)
-    done = 0
+def _read_all(tasks: list[Task], options: AdoptOptions, progress: Progress | None) -> list[ReadTar]:
     tars = []
     for tar in in_order(read_tar, tasks, options.num_workers or num_cores()):
         tars.append(tar)
-        done += tar.length
         if progress:
-            progress(done, total)
+            progress(len(tars), len(tasks))
     return tars
 
 

@@ -86,10 +86,9 @@ class Report:
         if self.faults:
             kinds = Counter(fault.kind for fault in self.faults)
             told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-            raise DataError(
-                f"{self.dataset.folder} is damaged: {len(self.faults):,} faults ({told}); "
-                "copy the set again or pack it again"
-            )
+            number = f"{len(self.faults):,} fault{'s' if len(self.faults) > 1 else ''}"
+            again = "index its tars again" if "adopted" in self.dataset.info else "pack it again"
+            raise DataError(f"{self.dataset.folder} is damaged: {number} ({told}); copy the set again or {again}")
 
 
 def verify(folder: str | Path, num_workers: int | None = None, progress: Progress | None = None) -> Report:

@@ -97,7 +97,9 @@ def refused(folder: Path, kind: type[MedtlError] = DataError, **options: Any) ->
 
 def test_a_foreign_set_is_read_as_it_was_written_and_its_tars_stay(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    dataset = adopt(folder, AdoptOptions(**ONE))
+    told: list[tuple[int, int]] = []
+    dataset = adopt(folder, AdoptOptions(**ONE), lambda done, total: told.append((done, total)))
+    assert told == [(done, 6) for done in range(1, 7)]
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "dataset.json", "index.parquet"])
     assert (dataset.classes, dataset.color, dataset.group_source) == (("0", "1"), "grey", "none")
@@ -351,6 +353,10 @@ def test_a_field_that_no_sample_has_is_a_slip(folder: Path) -> None:
         (lambda folder: [path.unlink() for path in folder.iterdir()], "has no .tar files"),
         (lambda folder: (folder / "train-9.tar.gz").touch(), "1 of 7 tars in .* not compressed; rename or unpack"),
         (lambda folder: (folder / "-x.tar").touch(), "1 of 7 tars in .* have names that no set can have"),
+        (
+            lambda folder: (folder / "pipe:touch canary.tar").touch(),
+            "1 of 7 tars in .* have names that no set can have",
+        ),
         (lambda folder: (folder / "more.tar").touch(), "1 of 7 tars belong to no split, as more.tar: name them train-"),
     ],
 )

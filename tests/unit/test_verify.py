@@ -356,7 +356,7 @@ def test_the_command_prints_a_line_or_the_faults_and_exits_3(folder: Path, capsy
     assert main.run(["data", "verify", str(folder), "--workers", "1"]) == 3
     printed = capsys.readouterr()
     assert "missing: 1\n  train-000000.tar: is missing\n" in printed.out
-    assert printed.err.startswith(f"error: {folder} is damaged: 1 faults (1 missing)")
+    assert printed.err.startswith(f"error: {folder} is damaged: 1 fault (1 missing)")
     assert main.run(["data", "verify", str(folder), "--workers", "1", "--json"]) == 3
     facts = json.loads(capsys.readouterr().out)
     assert facts["faults"] == [{"kind": "missing", "file": FIRST, "what": "is missing", "key": None}]
