@@ -138,11 +138,11 @@ def _check_samples(
 ) -> None:
     waiting = {row["offset"]: row for row in rows}
     fields = fields_of(dataset)
-    last = None
+    broken = False
     members = read_members(file, length)
     for sample in read_samples(members if fields else _no_folders(members)):
-        last = sample
         if isinstance(sample, Refused):
+            broken = broken or sample.ends
             result.fault("tar", str(sample))
             continue
         row = waiting.pop(sample.image.offset, None)
@@ -151,7 +151,7 @@ def _check_samples(
             continue
         for kind, what in _sample_faults(sample, row, dataset, fields):
             result.fault(kind, what, _key(row))
-    _check_unreached(waiting, file, isinstance(last, Refused), result)
+    _check_unreached(waiting, file, length, broken, result)
 
 
 def _no_folders(members: Iterable[Member | Refused]) -> Iterator[Member | Refused]:
@@ -253,17 +253,20 @@ def _told_faults(sample: TarSample, row: dict[str, Any], dataset: Dataset, field
             yield "json", f"its tar tells another {name} than the index"
 
 
-def _check_unreached(waiting: dict[int, dict[str, Any]], file: BinaryIO, broken: bool, result: ShardResult) -> None:
+def _check_unreached(
+    waiting: dict[int, dict[str, Any]], file: BinaryIO, length: int, broken: bool, result: ShardResult
+) -> None:
     """Rows whose image the walk through the tar did not meet: read where the index says it is."""
     whole = 0
-    for row in waiting.values():
-        data = b""
-        if isinstance(row["offset"], int) and isinstance(row["size"], int) and min(row["offset"], row["size"]) >= 0:
-            file.seek(row["offset"])
-            data = file.read(min(row["size"], result.shard.bytes))
+    for offset, row in waiting.items():
+        size = row["size"]
+        if not isinstance(offset, int) or not isinstance(size, int) or offset < 0 or not 0 <= size <= length - offset:
+            result.fault("tar", "the tar ends before its bytes do", _key(row))
+            continue
+        file.seek(offset)
         if not broken:
             result.fault("tar", "the tar has no such member at its offset", _key(row))
-        elif hashlib.sha256(data).digest() == row["sha256"]:
+        elif hashlib.sha256(file.read(size)).digest() == row["sha256"]:
             whole += 1
         else:
             result.fault("checksum", "its bytes differ from the checksum in the index", _key(row))

@@ -70,11 +70,12 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Refused:
     """What is wrong with a member (``number`` 0: with the tar), in words free of names. ``name``: printable, but for
-    the private folder only."""
+    the private folder only. ``ends``: nothing beyond it can be read."""
 
     number: int
     what: str
     name: str = ""
+    ends: bool = False
 
     def __str__(self) -> str:
         return f"member {self.number}: {self.what}" if self.number else self.what
@@ -135,7 +136,7 @@ def read_members(file: BinaryIO, length: int) -> Iterator[Member | Refused]:
         name = b""
     except _Broken as broken:
         # A header is that of the member after the last whole one; what is wrong with the tar as such has none.
-        yield Refused(number + 1 if name else 0, str(broken), _printable(name))
+        yield Refused(number + 1 if name else 0, str(broken), _printable(name), ends=True)
 
 
 def read_samples(members: Iterable[Member | Refused]) -> Iterator[TarSample | Refused]:
