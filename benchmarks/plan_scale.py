@@ -44,7 +44,7 @@ def planned(args: argparse.Namespace, weighted: bool) -> tuple:
 
 def one_rank(args: argparse.Namespace, *, start: float = 0.0, weighted: bool = False) -> int:
     """Walk every window of the middle rank's lanes from ``start`` (share of the epoch) on; returns the samples seen."""
-    plan, counts = planned(args, weighted)
+    plan, _counts = planned(args, weighted)
     step = int(plan.num_steps * start)
     seen = 0
     strata = None
@@ -75,7 +75,7 @@ def distributed_sampler(args: argparse.Namespace) -> int:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "one rank's epoch": lambda args: one_rank(args),
+    "one rank's epoch": one_rank,
     "resume at 3/4, to its end": lambda args: one_rank(args, start=0.75),
     "resume at 3/4, first batch": first_of_resume,
     "one rank's epoch, classes balanced": lambda args: one_rank(args, weighted=True),

@@ -41,11 +41,11 @@ def ours(shards: NDArray[np.int64], batch: int) -> Order:
 
 def buffered(shards: NDArray[np.int64], size: int = 1000) -> Order:
     """Shards permuted, then a buffer from which a random sample is taken for each that enters."""
-    starts = np.cumsum(shards) - shards
+    edges = [0, *np.cumsum(shards).tolist()]
 
     def order(epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng(epoch)
-        stream = np.concatenate([np.arange(starts[s], starts[s] + shards[s]) for s in rng.permutation(len(shards))])
+        stream = np.concatenate([np.arange(edges[s], edges[s + 1]) for s in rng.permutation(len(shards))])
         buffer, out = stream[:size].copy(), []
         for sample in stream[size:]:
             place = rng.integers(len(buffer))

@@ -22,6 +22,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+# Where data lies and how it is fetched decides no number: these keys of ``data`` count neither in a run's identity nor in
+# what --resume compares.
+_PLACE_KEYS = {
+    "shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous", "storage_timeout_s", "storage_retries",
+    "cache_dir", "cache_mib",
+}  # fmt: skip
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,7 +43,10 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    shards: str | None = Field(default=None, description="Folder of the shard set (`medtl data pack` makes one).")
+    shards: str | None = Field(
+        default=None,
+        description="Shard set (`medtl data pack` makes one): a folder, or an s3://, gs:// or https:// address.",
+    )
     image_size_px: PositiveInt | None = Field(
         default=None, description="Side of the network's square input; null: the backbone's own."
     )
@@ -60,13 +71,54 @@ class Data(_Section):
         description="How an image that is not square becomes one; training crops lie in the same frame.",
     )
     verify_checksums: bool = Field(
-        default=True, description="Check each image's SHA-256 against the index when it is read."
+        default=True,
+        description="Check each image's SHA-256 against the index when it is read; false: only what comes from a store.",
     )
+    endpoint_url: str | None = Field(
+        default=None, description="S3 endpoint other than Amazon's; null: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL."
+    )
+    ca_bundle: str | None = Field(
+        default=None, description="PEM file of the authorities to trust; null: AWS_CA_BUNDLE, else the system's."
+    )
+    anonymous: bool = Field(default=False, description="Read a public bucket without credentials.")
+    storage_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=20.0, description="A store silent for so many seconds has failed to answer."
+    )
+    storage_retries: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="Further tries of a read from a store that gained nothing."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Folder on a local disk for what was read from a store; null: no cache."
+    )
+    cache_mib: PositiveInt = Field(
+        default=16384, description="Size limit of the cache; the least recently used goes first."
+    )
+
+
+# What each named set gives the keys of ``augment``; radiograph is the fields' own defaults.
+_NO_AUGMENTATION = {"crop_area_min": 1.0, "rotation_deg": 0.0, "brightness": 0.0, "contrast": 0.0}
+_SLIDE = {
+    "crop_area_min": 0.64,
+    "horizontal_flip": True,
+    "right_angles": True,
+    "rotation_deg": 0.0,
+    "stain_jitter": 0.15,
+}
+AUGMENT_SETS: dict[str, dict[str, Any]] = {
+    "none": _NO_AUGMENTATION,
+    "radiograph": {},
+    "histology": _SLIDE | {"stain_model": "hematoxylin_eosin"},
+    "cytology": _SLIDE | {"stain_model": "color"},
+}
 
 
 class Augment(_Section):
     """Training views. The defaults suit radiographs: no mirror (laterality), at least 0.8 of the area."""
 
+    name: Literal["none", "radiograph", "histology", "cytology"] = Field(
+        default="radiograph",
+        description="Set that gives the keys below their values; a key that is given keeps its own.",
+    )
     crop_area_min: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.8, description="Smallest area of the random crop; 1: none."
     )
@@ -80,6 +132,27 @@ class Augment(_Section):
     contrast: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Largest random change of contrast, as a share of it."
     )
+    right_angles: bool = Field(default=False, description="Turn by 0, 90, 180 or 270 degrees. For slides.")
+    stain_jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Largest random change of the amount of each stain, as a share of it. For slides."
+    )
+    stain_model: Literal["hematoxylin_eosin", "color"] = Field(
+        default="hematoxylin_eosin", description="Stains that are told apart; color: each colour channel by itself."
+    )
+    mixup_alpha: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Blend each image with another, its share from Beta(alpha, alpha); 0: off."
+    )
+    cutmix_alpha: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Paste a box of another image, its area from Beta(alpha, alpha); 0: off."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_the_set(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name")
+        return (AUGMENT_SETS.get(name, {}) if isinstance(name, str) else {}) | given
 
 
 class Model(_Section):
@@ -108,6 +181,14 @@ class Optim(_Section):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay (decoupled in adamw).")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Factor on the learning rate per stage from the head down: the last stage learns at this share of "
+        "backbone_lr, the one below it at its square, and so on; 1: all stages alike.",
+    )
+    decay_norms_and_biases: bool = Field(
+        default=True, description="Weight decay on normalisation layers and biases too; false: on weights alone."
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest gradient norm; null: no clipping."
     )
@@ -136,9 +217,20 @@ class Train(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="Seed of order, augmentation and initialisation."
     )
-    class_weights: Literal["none", "balanced"] = Field(default="none", description="Weight of each class in the loss.")
+    loss: Literal["cross_entropy", "focal"] = Field(default="cross_entropy", description="What is minimised.")
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=2.0, description="focal: how much what is already right is played down; 0 is cross_entropy."
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default="none",
+        description="Weight of each class in the loss: none, balanced, or by name, for example {PNEUMONIA: 3}; the others 1.",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the target spread over all classes."
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per step of a moving average of the weights, which is then what is scored and kept; null: none.",
     )
     accumulation_steps: PositiveInt = Field(
         default=1, description="Parts in which a rank's batch is computed, to save memory."
@@ -146,6 +238,17 @@ class Train(_Section):
     channels_last: bool = Field(default=True, description="Memory layout of convolutions.")
     early_stop_epochs: PositiveInt | None = Field(
         default=None, description="Stop after so many epochs without a better val AUC."
+    )
+    unfreeze: dict[PositiveInt, Annotated[int, Field(ge=0)]] = Field(
+        default={},
+        description="Stages still frozen from an epoch (from 0) on, for example {2: 4, 5: 0}; before, model.frozen_depth.",
+    )
+    checkpoint_every_steps: PositiveInt | None = Field(
+        default=None, description="Checkpoints within an epoch, every so many steps; null: at the ends of epochs."
+    )
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Checkpoints within an epoch, so many minutes after the last; null: none by the clock.",
     )
     threads: PositiveInt | None = Field(
         default=None, description="CPU threads per rank; null: the rank's share. Bits depend on it."
@@ -201,7 +304,7 @@ class Config(_Section):
         """Hex digest of what decides the numbers: the tree less ``cluster``, places and time-outs."""
         tree = self.model_dump(
             mode="json",
-            exclude={"cluster": True, "data": {"shards", "loader_workers"}, "train": {"collective_timeout_s"}},
+            exclude={"cluster": True, "data": _PLACE_KEYS, "train": {"collective_timeout_s"}},
         )
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -295,15 +398,17 @@ def validate(tree: Mapping[str, Any]) -> Config:
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
     a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-    place = ("cluster.", "data.shards", "data.loader_workers", "train.collective_timeout_s")
-    return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key] and not key.startswith(place)]
+    place = {"train.collective_timeout_s", *(f"data.{key}" for key in _PLACE_KEYS)}
+    differing = (key for key in {**a, **b} if a.get(key) != b.get(key))
+    return [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in differing
+        if key not in place and not key.startswith("cluster.")
+    ]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
@@ -320,7 +425,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {text}: expected section.key=value, for example --set optim.lr=0.001")
     leaf: Any = value
-    if parts not in (["data", "shards"], ["model", "weights"]):  # a path is no YAML: " #" and ": " may occur in it
+    if ".".join(parts) not in (
+        "data.shards",
+        "data.ca_bundle",
+        "model.weights",
+    ):  # no YAML: " #" and ": " may occur in a path
         with contextlib.suppress(yaml.YAMLError):
             leaf = yaml.safe_load(value)
     for part in reversed(parts):

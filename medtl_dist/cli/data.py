@@ -25,7 +25,12 @@ def pack(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of images, CSV/Parquet table, or MedMNIST .npz.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DEST", help="Folder of the new set; must not exist, or be empty.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DEST", help="New folder of the set, or s3:// or gs:// address; must not exist, or be empty."
+        ),
+    ],
     source_format: Annotated[
         str, typer.Option("--format", metavar="auto|folder|table|medmnist", help="What SOURCE is.")
     ] = "auto",
@@ -79,6 +84,19 @@ def pack(
         Path | None,
         typer.Option(metavar="FILE", help="Key of the hashes, 64 hex digits [default: one in DEST.private]."),
     ] = None,
+    private: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Local folder of key and linkage [default: DEST.private; of an address: ./NAME.private].",
+        ),
+    ] = None,
+    staging: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where a set for an address is packed before it is put there [default: .]."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
 ) -> None:
     """Pack images into a shard set: tars, index and dataset.json in DEST; key and linkage in DEST.private.
@@ -89,8 +107,9 @@ def pack(
       medtl data pack labels.csv --out sets/cxr --label-col class \\
           --group-col split+patient_id --split-col split --keep-col age --image-size 256
       medtl data pack pneumoniamnist.npz --out sets/pneumoniamnist
+      medtl data pack labels.csv --out s3://bucket/sets/cxr --staging /scratch --private keys/cxr
     """
-    from medtl_dist.data.pack import PackOptions
+    from medtl_dist.data.pack import PackOptions, private_of
     from medtl_dist.data.pack import pack as run_pack
     from medtl_dist.data.sources import Columns
     from medtl_dist.data.split import parse_fractions
@@ -114,22 +133,29 @@ def pack(
         num_workers=workers,
         skip_bad=skip_bad,
         key_file=key_file,
+        private=private,
+        staging=staging,
     )
     with packing_bar() as progress:
         dataset = run_pack(source, out, options, progress)
     _print(dataset, as_json)
     if not as_json:
-        typer.echo(f"{out}.private names files and patients: keep it apart from the set, and do not share it")
+        typer.echo(
+            f"{private_of(out, options)} names files and patients: keep it apart from the set, and do not share it"
+        )
 
 
 @app.command()
 def info(
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder of a shard set.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder of a shard set, or s3://, gs:// or https:// address.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
 ) -> None:
     """Say what a shard set holds: images, patients and classes per split, and what was left out.
 
     Example: medtl data info sets/xrays
+    Example: medtl data info s3://bucket/sets/xrays
     """
     from medtl_dist.data.shards import open_dataset
 

@@ -69,7 +69,11 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    storage = sys.modules.get("medtl_dist.storage")
+    if storage is not None:  # else nothing was imported that could hang in a store
+        storage.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     """Train in ``run_dir``, write the report, print the outcome and return the results."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report
-    from medtl_dist.run import Folder
+    from medtl_dist.storage import Folder
     from medtl_dist.train import results
     from medtl_dist.train.run_folder import opened_run_folder
     from medtl_dist.train.session import check_inputs, check_same_data
@@ -162,9 +162,14 @@ def describe_size(entry: dict[str, Any]) -> str:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Workers run in another folder: every path is made absolute here."""
+    from medtl_dist.storage import parse_place
+
     data, model = config.data, config.model
     if data.shards is not None:
-        data = data.model_copy(update={"shards": str(Path(data.shards).expanduser().absolute())})
+        data = data.model_copy(update={"shards": parse_place(data.shards).url})
+    for key in ("ca_bundle", "cache_dir"):
+        if getattr(data, key) is not None:
+            data = data.model_copy(update={key: str(Path(getattr(data, key)).expanduser().absolute())})
     if model.weights not in ("imagenet", "random"):
         model = model.model_copy(update={"weights": str(Path(model.weights).expanduser().absolute())})
     return config.model_copy(update={"data": data, "model": model})

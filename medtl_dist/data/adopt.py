@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import os
 import re
 from collections import Counter
@@ -28,7 +27,7 @@ from medtl_dist.data.foreign import ReadTar, Task, read_tar
 from medtl_dist.data.manifest import Identities, Manifest
 from medtl_dist.data.private import REFUSED_FILE, open_private, write_linkage, write_refused
 from medtl_dist.data.processes import in_order, num_cores
-from medtl_dist.data.shard_writer import sync_folder, write_dataset_file
+from medtl_dist.data.shard_writer import describe_index, sync_folder, write_dataset_file
 from medtl_dist.data.shards import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -272,8 +271,6 @@ def _write_index(path: Path, tars: list[ReadTar], manifest: Manifest) -> None:
                 columns |= {name: kept[name].slice(start, stop - start).combine_chunks() for name in kept.column_names}
             writer.write_table(pa.table(columns, schema=schema), row_group_size=max(1, len(tar.samples)))
             start = stop
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _describe(tars: list[ReadTar], manifest: Manifest, fields: Fields, index: Path) -> dict[str, Any]:
@@ -281,8 +278,6 @@ def _describe(tars: list[ReadTar], manifest: Manifest, fields: Fields, index: Pa
     m = manifest
     splits = {split: _split_entry(split, tars, manifest) for split in SPLITS if any(tar.split == split for tar in tars)}
     grey = all(found.look.grey for tar in tars for found in tar.samples)
-    with index.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "format_version": FORMAT_VERSION,
         "tool_version": medtl_dist.__version__,
@@ -310,7 +305,7 @@ def _describe(tars: list[ReadTar], manifest: Manifest, fields: Fields, index: Pa
         "notes": m.notes,
         "cautions": manifests.cautions(m, splits),
         "audit": None,
-        "index": {"name": INDEX_FILE, "bytes": index.stat().st_size, "sha256": digest},
+        "index": describe_index(index),
     }
 
 

@@ -26,13 +26,22 @@ from medtl_dist.data import manifest as manifests
 from medtl_dist.data.encoding import Coloured, Failure, Picture, Recipe, Stored, Workers, open_workers
 from medtl_dist.data.images import EXTENSION, Encoding
 from medtl_dist.data.manifest import Manifest
-from medtl_dist.data.private import LINKAGE_FILE, PROBLEMS_FILE, open_private, write_linkage, write_problems
+from medtl_dist.data.private import (
+    LINKAGE_FILE,
+    PROBLEMS_FILE,
+    open_private,
+    private_folder,
+    write_linkage,
+    write_problems,
+)
 from medtl_dist.data.shard_writer import Facts, SetWriter, sync_folder, write_dataset_file
 from medtl_dist.data.shards import FORMAT_VERSION, SPLITS, Dataset, open_dataset
 from medtl_dist.data.sources import FORMATS, Columns, Listing, detect_format, read_folder, read_medmnist
 from medtl_dist.data.staging import check_destination, work_folder
 from medtl_dist.data.tables import read_table
+from medtl_dist.data.upload import staged_upload
 from medtl_dist.errors import DataError, UserError
+from medtl_dist.storage import is_remote, parse_place
 
 COLORS = ("keep", "grey", "rgb")
 # A set is stored lossless when its images are no larger than this: JPEG would cost a thumbnail more than it saves.
@@ -59,6 +68,8 @@ class PackOptions:
         num_workers: processes; None: one per core this process may use.
         skip_bad: leave out, and count, missing and unreadable images instead of failing at the first.
         key_file: 64 hexadecimal digits; None: a key of the set's own, in its private folder.
+        private: folder of key and linkage, never in a store; None: DEST.private (of a store's DEST: in the current one).
+        staging: where a set for a store is packed first; None: in the current folder.
     """
 
     format: str = "auto"
@@ -72,6 +83,8 @@ class PackOptions:
     num_workers: int | None = None
     skip_bad: bool = False
     key_file: Path | None = None
+    private: Path | None = None
+    staging: Path | None = None
 
     def __post_init__(self) -> None:
         for option, value, allowed in (("--format", self.format, FORMATS), ("--color", self.color, COLORS)):
@@ -88,15 +101,24 @@ def pack(
 ) -> Dataset:
     """Pack the images of ``source`` into a new shard set at ``out`` and open it.
 
-    ``progress(done, total)`` is called as images are written. ``out`` appears complete or not at all.
+    ``progress(done, total)`` is called as images are written. ``out`` appears complete or not at all. Where it is an
+    address (s3, gs) the set is packed on local disk and then put there.
 
     Raises:
         UserError: options, table or folder that cannot be packed; ``out`` not empty or being packed to.
         DataError: a missing or unreadable image (unless ``skip_bad``), a damaged source.
         LeakageError: a group in more than one given split.
+        Interrupted: the store can't be reached.
     """
     options = options or PackOptions()
-    source, dest = Path(source), Path(out).absolute()
+    if is_remote(out):
+        options = dataclasses.replace(options, private=private_of(out, options))
+        with staged_upload(str(out), options.staging, progress=progress) as dest:
+            pack(source, dest, options, progress)
+        return open_dataset(out)
+    source, dest = Path(source), Path(parse_place(out).url)
+    if options.private is not None and options.private.resolve().is_relative_to(dest.resolve()):
+        raise UserError(f"--private {options.private} lies inside --out: it names patients, so name a folder elsewhere")
     kind = detect_format(source) if options.format == "auto" else options.format
     if kind != "table" and (options.columns.any_named or options.image_root):
         raise UserError(f"{source} is packed as a {kind}, which has no columns: columns are named for tables only")
@@ -114,6 +136,13 @@ def pack(
     return open_dataset(dest)
 
 
+def private_of(out: str | Path, options: PackOptions) -> Path:
+    """The folder of key and linkage of a set packed to ``out``: always of this machine."""
+    place = parse_place(out)
+    dest = Path.cwd() / place.name if place.remote else Path(place.url)
+    return private_folder(dest) if options.private is None else options.private.absolute()
+
+
 def _read(source: Path, kind: str, options: PackOptions, scratch: Path) -> Listing:
     try:
         if kind == "folder":
@@ -126,7 +155,7 @@ def _read(source: Path, kind: str, options: PackOptions, scratch: Path) -> Listi
 
 
 def _pack_listing(listing: Listing, dest: Path, work: Path, options: PackOptions, progress: Progress | None) -> None:
-    private, secret = open_private(dest, options.key_file)
+    private, secret = open_private(options.private or private_folder(dest), options.key_file)
     identities = manifests.identify(listing, secret)
     # The linkage comes first, so that every key in a message can be looked up, however this ends.
     write_linkage(private, listing, identities, ["not packed"] * len(listing), list(listing.splits))

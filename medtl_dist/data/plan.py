@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medtl_dist.errors import UserError
+from medtl_dist.errors import DataError, UserError
 
 IntArray = npt.NDArray[np.int64]
 
@@ -80,11 +80,11 @@ class Weighting:
         Args:
             strata: int64 [samples of the shard], the stratum of each.
 
-        Raises: ValueError, other numbers of samples per stratum than the plan was made from.
+        Raises: DataError, other numbers of samples per stratum than the plan was made from.
         """
         num_strata = len(self.totals)
         if not np.array_equal(np.bincount(strata, minlength=num_strata), self.counts[shard]):
-            raise ValueError(f"shard {shard} holds other strata than the plan was made from")
+            raise DataError("its classes or domains differ from those that dataset.json counts")
         whole, extra = self._quota(seed, epoch)
         times = whole[strata]
         for stratum in range(num_strata):

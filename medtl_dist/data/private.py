@@ -30,14 +30,13 @@ def private_folder(dest: Path) -> Path:
     return dest.with_name(f"{dest.name}.private")
 
 
-def open_private(dest: Path, key_file: Path | None) -> tuple[Path, bytes]:
-    """Make the private folder; returns it and the secret: ``key_file``'s, else an earlier pack's to DEST, else new.
+def open_private(folder: Path, key_file: Path | None) -> tuple[Path, bytes]:
+    """Make the private folder; returns it and the secret: ``key_file``'s, else the one an earlier pack left, else new.
 
     Raises: UserError, a key file that is none.
     """
     given = None if key_file is None else identity.read_secret(key_file)
-    folder = private_folder(dest)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)  # mkdir's mode is subject to the umask, and an older folder may be open
     if given is not None:
         return folder, given

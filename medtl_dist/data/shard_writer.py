@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medtl_dist.data.encoding import Stored
+from medtl_dist.data.index_footer import spans_of
 from medtl_dist.data.shards import DATASET_FILE, INDEX_FIELDS, INDEX_FILE
 
 MAX_SHARD_SAMPLES = 1000
@@ -131,17 +132,32 @@ class SetWriter:
     def finish(self) -> dict[str, Any]:
         """Close the index; its entry for ``dataset.json``."""
         self._index.close()
-        path = self._folder / INDEX_FILE
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        return {"name": INDEX_FILE, "bytes": path.stat().st_size, "sha256": digest}
+        return describe_index(self._folder / INDEX_FILE)
 
     def abandon(self) -> None:
         """Let go of open files; what was written is for the caller to remove."""
         if self._shard is not None:
             self._shard.close()
         self._index.close()
+
+
+def describe_index(path: Path) -> dict[str, Any]:
+    """The entry of a finished ``index.parquet`` in ``dataset.json``, made durable: its length, sha256, and where its
+    footer and the description of each row group lie (see ``data/index_footer.py``)."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        length = file.tell()
+        file.seek(length - 8)
+        file.seek(length - 8 - int.from_bytes(file.read(4), "little"))
+        spans = spans_of(file.read(), length)
+    return {
+        "name": path.name,
+        "bytes": length,
+        "sha256": digest,
+        "footer": [*spans.before, *spans.after],
+        "row_groups": [start for start, _ in spans.row_groups] + [spans.after[0]],
+    }
 
 
 def write_dataset_file(folder: Path, info: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""shards/*.tar + index.parquet ─► readers: the shard set on disk, opened, checked and read back row by row.
+"""shards/*.tar + index.parquet ─► readers: the shard set, opened, checked and read back row by row.
 
-A set is a folder with ``dataset.json`` (written last: without it there is no set), ``index.parquet`` (a row per
-sample, a row group per shard) and the tars. ``dataset.json`` alone suffices to plan an epoch; the index is read
-one shard at a time, so no reader needs the whole of it in memory.
+A set is a folder, on this machine or in a store, with ``dataset.json`` (written last: without it there is no set),
+``index.parquet`` (a row per sample, a row group per shard) and the tars. ``dataset.json`` alone suffices to plan an
+epoch; the index is read one shard at a time, so no reader needs the whole of it in memory.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from medtl_dist.data.index import Index, read_row_groups
+from medtl_dist.data.ranges import ranges_of
+from medtl_dist.data.web import looks_like_html
 from medtl_dist.errors import DataError, UserError
+from medtl_dist.storage import Place, StorageOptions, parse_place
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
-_HASHED_BYTES = 64 * 2**20
 
 # The columns every index has; kept columns of the source follow them.
 INDEX_FIELDS = (
@@ -64,12 +66,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened set. ``folder`` is absolute, ``info`` the parsed ``dataset.json`` plus ``name`` (the folder's
-    name), ``sha256`` the hex digest of ``dataset.json``, which covers the digests of every shard and the index."""
+    """An opened set. ``folder`` is an absolute path or an address, ``info`` the parsed ``dataset.json`` plus ``name`` (the
+    folder's name), ``sha256`` the hex digest of ``dataset.json``, which covers the digests of every shard and the index,
+    ``storage`` how a store is reached."""
 
     folder: str
     info: dict[str, Any]
     sha256: str
+    storage: StorageOptions = field(default=StorageOptions(), compare=False)
+
+    @functools.cached_property
+    def remote(self) -> bool:
+        """Whether the set lies in a store, to be read through ``data/ranges.py``."""
+        return parse_place(self.folder).remote
 
     @property
     def name(self) -> str:
@@ -129,35 +138,54 @@ class Dataset:
         return self._shards[split]
 
 
-def open_dataset(folder: str | Path, *, check_files: bool = True) -> Dataset:
-    """Open the set in ``folder``; checks the shape of ``dataset.json`` and, unless told otherwise, that every file has
-    its recorded length.
+def open_dataset(folder: str | Path, storage: StorageOptions | None = None, *, check_files: bool = True) -> Dataset:
+    """Open the set in a folder or at an address; checks the shape of ``dataset.json``.
+
+    Of a local set every file must have its recorded length, unless ``check_files`` says not to look. A store is not
+    asked about each of its shards (a request each, of 10^5): there a missing or shortened one is told when it is read.
 
     Raises:
-        UserError: no such folder, or a folder that is no set, or a set of a newer format.
+        UserError: no such folder, or a folder that is no set, or a set of a newer format; a refused address or access.
         DataError: a damaged ``dataset.json``, a shard or the index missing or of another length.
+        Interrupted: the store can't be reached.
     """
-    path = Path(folder).absolute()
-    if not path.is_dir():
-        raise UserError(
-            f"no shard set at {folder}: no such folder; make one with: medtl data pack SOURCE --out {folder}"
-        )
-    try:
-        raw = (path / DATASET_FILE).read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a shard set: it has no {DATASET_FILE}; make one with: medtl data pack SOURCE --out DEST"
-        ) from None
+    place = parse_place(folder)
+    storage = storage or StorageOptions()
+    raw = _read_remote_info(place, storage) if place.remote else _read_local_info(Path(place.url), folder)
+    at = f"{place.url}/{DATASET_FILE}"
     try:
         info = json.loads(raw)
     except (ValueError, RecursionError):
-        raise DataError(f"{path / DATASET_FILE} is damaged (not JSON): copy the set again or pack it again") from None
-    _check_info(info, path)
-    info["name"] = path.name
-    dataset = Dataset(str(path), info, hashlib.sha256(raw).hexdigest())
-    if check_files:
+        if looks_like_html(raw):
+            raise DataError(f"{at}: an HTML page came instead; a login page or a proxy in between?") from None
+        raise DataError(f"{at} is damaged (not JSON): copy the set again or pack it again") from None
+    _check_info(info, place.url)
+    info["name"] = place.name
+    dataset = Dataset(place.url, info, hashlib.sha256(raw).hexdigest(), storage)
+    if check_files and not place.remote:
         _check_files(dataset)
     return dataset
+
+
+def _read_local_info(path: Path, given: str | Path) -> bytes:
+    if not path.is_dir():
+        raise UserError(f"no shard set at {given}: no such folder; make one with: medtl data pack SOURCE --out {given}")
+    try:
+        return (path / DATASET_FILE).read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{given} is not a shard set: it has no {DATASET_FILE}; make one with: medtl data pack SOURCE --out DEST"
+        ) from None
+
+
+def _read_remote_info(place: Place, storage: StorageOptions) -> bytes:
+    raw = ranges_of(place.url, storage).read_whole(DATASET_FILE)
+    if raw is None:
+        raise UserError(
+            f"no shard set at {place.url}: there is no {DATASET_FILE}; check the address, or make one with: "
+            f"medtl data pack SOURCE --out {place.url if place.scheme in ('s3', 'gs') else 'DEST'}"
+        )
+    return raw
 
 
 def read_shard_rows(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
@@ -177,45 +205,25 @@ def read_split(dataset: Dataset, split: str, columns: Sequence[str] | None = Non
 
 
 def _read_row_groups(dataset: Dataset, shards: list[Shard], columns: Sequence[str] | None) -> pa.Table:
-    path = os.path.join(dataset.folder, INDEX_FILE)
-    wanted = None if columns is None else list(columns)
-    try:
-        footer = _footer(path, dataset.info["index"]["sha256"])
-        # No threads: many loader processes read at once, each a row group.
-        with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
-            table = file.read_row_groups([shard.row_group for shard in shards], columns=wanted, use_threads=False)
-    except (OSError, pa.ArrowException, IndexError, ValueError) as error:
-        # Arrow raises IndexError or an OSError for a row group or page that is not there.
-        raise DataError(f"{path} is damaged ({type(error).__name__}): copy the set again or pack it again") from None
+    entry = dataset.info["index"]
+    index = Index(dataset.folder, INDEX_FILE, entry["bytes"], entry["sha256"], dataset.sha256, dataset.storage)
+    table = read_row_groups(index, [shard.row_group for shard in shards], columns)
+    types = {column.name: column.type for column in table.schema}
+    for expected in INDEX_FIELDS:
+        found = types.get(expected.name)
+        wanted = columns is None or expected.name in columns
+        # A label of several classes is a list.
+        if wanted and (found is None or (found != expected.type and expected.name != "label")):
+            raise DataError(f"{index.path} is no index of this format (column {expected.name}): copy or pack it again")
     if table.num_rows != sum(shard.samples for shard in shards):
-        raise DataError(f"{path} does not match {DATASET_FILE}: another number of samples; copy or pack the set again")
+        raise DataError(
+            f"{index.path} does not match {DATASET_FILE}: another number of samples; copy or pack the set again"
+        )
     return table
 
 
-@functools.lru_cache(maxsize=8)
-def _footer(path: str, sha256: str) -> pq.FileMetaData:
-    """The index's footer, parsed and checked once per process. ``sha256`` also tells two sets at one path apart.
-
-    Pages have checksums, the footer has none, and could be damaged so that it takes a page for another column's: an
-    index of ordinary size is compared with its sha256 as a whole (45 ms for 64 MiB), a larger one by ``verify`` only.
-    """
-    with open(path, "rb") as file:
-        small = os.fstat(file.fileno()).st_size <= _HASHED_BYTES
-        if small and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise DataError(f"{path} is damaged (its sha256 differs): copy the set again or pack it again")
-        file.seek(0)
-        footer = pq.read_metadata(file)
-    fields = footer.schema.to_arrow_schema()
-    for number, expected in enumerate(INDEX_FIELDS):
-        field = fields.field(number) if number < len(fields) else None
-        # A label of several classes is a list.
-        if field is None or field.name != expected.name or (field.type != expected.type and field.name != "label"):
-            raise DataError(f"{path} is no index of this format (column {number}): copy or pack the set again")
-    return footer
-
-
-def _check_info(info: Any, path: Path) -> None:
-    damaged = f"{path / DATASET_FILE} is damaged"
+def _check_info(info: Any, path: str) -> None:
+    damaged = f"{path}/{DATASET_FILE} is damaged"
     if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
         raise DataError(f"{damaged} (no format_version): copy the set again or pack it again")
     if info["format_version"] != FORMAT_VERSION:

@@ -16,6 +16,7 @@ from medtl_dist.data.loader import Images, Loader
 from medtl_dist.data.plan import MAX_LANES, lanes_for, run_length_for
 from medtl_dist.data.reader import EvalPass, TrainPass
 from medtl_dist.data.shards import Dataset
+from medtl_dist.data.strata import Strata
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
 from medtl_dist.data.worker import Part
 from medtl_dist.errors import UserError
@@ -52,11 +53,12 @@ def train_batches(
     loader: Loader | None = None,
     verify: bool = True,
     pin_memory: bool = False,
+    strata: Strata | None = None,
 ) -> Iterator[Batch]:
     """One rank's batches of one epoch, from ``start_step`` on; see ``data/plan.py`` for what they hold.
 
     Step s is the same at every world size, loader workers or none. ``verify`` compares every image with its sha256.
-    Without a ``loader`` a thread of this process decodes.
+    ``strata``: weighted sampling (``strata_of``). Without a ``loader`` a thread of this process decodes.
 
     Raises (at the call, or where said while iterating):
         UserError: fewer samples than a global batch, more ranks than lanes, no such split.
@@ -74,8 +76,9 @@ def train_batches(
         world_size=world_size,
         start_step=start_step,
         max_lanes=max_lanes,
-        run_length=run_length_of(dataset, split, global_batch_size, max_lanes),
+        run_length=run_length_of(dataset, split, global_batch_size, max_lanes, strata),
         verify=verify,
+        strata=strata,
     )
     return _batches(work, loader, pin_memory)
 
@@ -107,12 +110,15 @@ def eval_batches(
     return _batches(work, loader, pin_memory)
 
 
-def run_length_of(dataset: Dataset, split: str, global_batch_size: int, max_lanes: int = MAX_LANES) -> int:
+def run_length_of(
+    dataset: Dataset, split: str, global_batch_size: int, max_lanes: int = MAX_LANES, strata: Strata | None = None
+) -> int:
     """Samples per run for this set and global batch (see ``run_length_for``); recorded nowhere, since it follows."""
     shards = dataset.shards(split)
     num_samples = sum(shard.samples for shard in shards)
     mean_bytes = sum(shard.bytes for shard in shards) / max(num_samples, 1)
-    return run_length_for(num_samples, mean_bytes, lanes_for(global_batch_size, max_lanes))
+    num_used = num_samples if strata is None else int(strata.weighting.totals.sum())
+    return run_length_for(num_used, mean_bytes, lanes_for(global_batch_size, max_lanes))
 
 
 def _batches(work: TrainPass | EvalPass, loader: Loader | None, pin_memory: bool) -> Iterator[Batch]:

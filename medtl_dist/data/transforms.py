@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from medtl_dist.data.augment import StainModel, restain, right_angle
 from medtl_dist.errors import DataError
 
 Image = npt.NDArray[Any]  # always uint8; OpenCV's stubs promise less
@@ -27,7 +28,10 @@ Draws = npt.NDArray[np.floating]
 Mode = Literal["letterbox", "center_crop", "squash"]
 
 MAX_PIXELS = 64 * 2**20
-NUM_DRAWS = 8
+NUM_DRAWS = 16
+MIXING = 2  # the block of draws that mixing images takes; the views take blocks 0 and 1
+
+_BLOCK_DRAWS = 8  # as many as one BLAKE2b digest holds
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
@@ -52,7 +56,8 @@ class TrainTransform:
     ``crop_area_min``: least share of the frame's area in (0, 1], the aspect kept. ``hflip``: mirrors half of the
     samples; off by default, since it moves the heart. ``rotation_deg``: up to so many degrees either way, about the
     crop's centre. ``brightness``, ``contrast``: factors from [1 - x, 1 + x], x in [0, 1); contrast about the crop's
-    own mean. Black bars stay black.
+    own mean. Black bars stay black. For slides (data/augment.py): ``right_angles`` turns by 0, 90, 180 or 270
+    degrees; ``stain_jitter`` varies the amounts of stain by factors from [1 - x, 1 + x].
     """
 
     image_size_px: int
@@ -62,6 +67,9 @@ class TrainTransform:
     rotation_deg: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
+    right_angles: bool = False
+    stain_jitter: float = 0.0
+    stain_model: StainModel = "hematoxylin_eosin"
 
     def __call__(self, image: Image, draws: Draws) -> Image:
         left, top, width, height = _frame(image, self.mode)
@@ -82,12 +90,24 @@ class TrainTransform:
         )
         if self.hflip and flip < 0.5:
             shown = cv2.flip(shown, 1)
+        if self.right_angles:
+            shown = right_angle(shown, float(draws[8]))
+        if self.stain_jitter > 0:
+            shown = restain(shown, draws[9:12], self.stain_jitter, self.stain_model)
         return _channels_first(shown)
 
 
 def augment_draws(seed: int, epoch: int, key: bytes) -> Draws:
-    """float64 [8] uniform in [0, 1): BLAKE2b of (seed, epoch, key), the same on every machine and version."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, epoch) + key, digest_size=8 * NUM_DRAWS).digest()
+    """float64 [16] uniform in [0, 1): those of a sample's view, the same on every machine and version."""
+    return np.concatenate([draws_of(seed, epoch, key, block) for block in range(NUM_DRAWS // _BLOCK_DRAWS)])
+
+
+def draws_of(seed: int, epoch: int, key: bytes, block: int) -> Draws:
+    """float64 [8] uniform in [0, 1): BLAKE2b of (seed, epoch, key); a new ``block`` leaves the others alone."""
+    person = struct.pack("<Q", block)  # block 0: as without one
+    digest = hashlib.blake2b(
+        struct.pack("<QQ", seed, epoch) + key, digest_size=8 * _BLOCK_DRAWS, person=person
+    ).digest()
     return (np.frombuffer(digest, "<u8") >> np.uint64(11)) * 2.0**-53
 
 

@@ -95,13 +95,17 @@ def verify(folder: str | Path, num_workers: int | None = None, progress: Progres
     """Check a whole set; ``progress(done, total)`` counts samples.
 
     Raises:
-        UserError: no set there; fewer than one worker.
+        UserError: no set there, or one in a store; fewer than one worker.
         DataError: a damaged ``dataset.json``, without which nothing else can be checked.
         Interrupted: a worker process was killed.
     """
     if num_workers is not None and num_workers < 1:
         raise UserError(f"--workers {num_workers}: at least 1 expected")
     dataset = open_dataset(folder, check_files=False)
+    if dataset.remote:
+        raise UserError(
+            f"{dataset.folder} lies in a store: verify reads folders; copy the set here and verify the copy"
+        )
     fields_of(dataset)
     report = Report(dataset)
     shards = [shard for split in dataset.splits for shard in dataset.shards(split)]

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from medtl_dist.data.reader import EvalPass, Sample, TrainPass, fill
 from medtl_dist.errors import MedtlError
+from medtl_dist.storage import leave
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,4 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(connection, int(sys.argv[2]))
+    leave(0)

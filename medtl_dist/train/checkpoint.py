@@ -1,8 +1,9 @@
 """fit → checkpoints: written, verified, found and retained in the run folder by the core alone.
 
-``checkpoints/<step>/`` holds ``model.safetensors`` (weights), ``state.pt`` (optimiser, scaler, RNG: loadable with
-``weights_only=True``), ``meta.json`` (position, classes, preprocessing, history) and, written last, ``manifest.json``
-with the SHA-256 of the others. Without a manifest that verifies it is not a checkpoint.
+``checkpoints/<step>/`` holds ``model.safetensors`` (the weights that are scored), ``state.pt`` (optimiser, scaler, RNG, and the
+weights that learn where others are scored: loadable with ``weights_only=True``), ``meta.json`` (position, classes,
+preprocessing, history) and, written last, ``manifest.json`` with the SHA-256 of the others. Without a manifest that
+verifies it is not a checkpoint.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,14 +17,18 @@ from torch import Tensor, nn
 from medtl_dist import collectives
 from medtl_dist.config import Config
 from medtl_dist.data.stream import Batch
-from medtl_dist.errors import DataError, Interrupted, MedtlError, TrainingError
+from medtl_dist.errors import Interrupted, MedtlError, TrainingError
 from medtl_dist.metrics.ranking import average_precision, roc_auc
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
-from medtl_dist.train import checkpoint, optim, results
+from medtl_dist.train import ema, losses, optim
+from medtl_dist.train.clock import Clock
+from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
-from medtl_dist.train.session import Session, agreed, best_row, disk_error, save, start, train_stream
+from medtl_dist.train.session import Session, agreed, start, train_stream
 from medtl_dist.train.setup import average_buffers
+from medtl_dist.train.state import best_row, due, save
+from medtl_dist.train.unfreeze import unfreeze
 
 _POLL_EVERY_STEPS = 5
 
@@ -41,8 +44,7 @@ def fit(config: Config, run: Run, *, open_test: bool = False) -> None:
     session = start(config, run)
     try:
         while not finished(session):
-            timing = train_epoch(session)
-            close_epoch(session, timing)
+            close_epoch(session, train_epoch(session))
             if not finished(session) and _told_to_stop(session):
                 raise Interrupted(
                     f"stopped as asked after epoch {session.position.epoch}; the same command with --resume goes on."
@@ -65,53 +67,55 @@ def finished(session: Session) -> bool:
     return history[-1]["epoch"] - best["epoch"] >= patience
 
 
-def train_epoch(session: Session) -> dict[str, float]:
-    """Run the rest of the current epoch's steps and return how long they took.
+def train_epoch(session: Session) -> Clock:
+    """Run the rest of the current epoch's steps and return where their time went.
 
     Raises Interrupted, after a checkpoint, where the run was told to stop; TrainingError where the loss is not finite.
     """
-    config, position = session.config, session.position
+    position, clock = session.position, Clock()
     session.network.model.train()  # what is frozen stays in eval
-    began, waited, first_step = time.monotonic(), 0.0, position.step
-    loss_here = torch.zeros((), dtype=torch.float64, device=session.run.device)
+    loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
     last: tuple[Tensor, list[str]] | None = None
     batches = agreed(lambda: train_stream(session))
     while position.step < session.plan.num_steps:
-        asked = time.monotonic()
-        batch, failure = _next(batches)
-        waited += time.monotonic() - asked
-        # The loss of the step before is looked at only now, when the device has long finished it.
-        failure = failure or (_non_finite(session, *last) if last else None)
-        own_weight = optim.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
-        # One small reduction a step: the loss's global denominator, and whether any rank has failed.
-        weight, num_failed = collectives.totals([own_weight, float(failure is not None)])
+        with clock.during("data_wait"):
+            batch, failure = _next(batches)
+        with clock.during("compute"):
+            # The loss of the step before is looked at only now, when the device has long finished it.
+            failure = failure or (_non_finite(session, *last) if last else None)
+        own_weight = losses.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
+        with clock.during("communication"):
+            # One small reduction a step: the loss's global denominator, whether any rank has failed, and whether rank 0
+            # wants a checkpoint.
+            wanted = session.run.rank == 0 and due(session)
+            numbers = collectives.totals([own_weight, float(failure is not None), float(wanted)])
+            weight, num_failed, checkpoint_due = numbers
         collectives.raise_together(failure, failed=num_failed > 0)
         assert batch is not None
-        loss = train_step(session, batch, weight)
+        with clock.during("compute"):
+            loss = train_step(session, batch, weight)
         loss_here += loss
         last = (loss, batch.keys)
         position.weight_total += weight
         position.step += 1
         position.global_step += 1
+        clock.num_steps += 1
         if session.journal.due():
-            elapsed = time.monotonic() - began
-            session.journal.progress(
-                _progress(session, position.step - first_step, elapsed, waited, float(loss) / max(own_weight, 1e-12))
-            )
-        # Not at the last step: the epoch's own checkpoint comes next, and fit asks again after it.
-        within = position.step < session.plan.num_steps
-        if within and position.global_step % _POLL_EVERY_STEPS == 0 and _told_to_stop(session):
-            _close_losses(session, loss_here, last)
-            save(session)
+            session.journal.progress(_progress(session, clock, float(loss) / max(own_weight, 1e-12)))
+        if position.step == session.plan.num_steps:
+            break  # the epoch's own checkpoint comes next, and fit asks again after it
+        stop = position.global_step % _POLL_EVERY_STEPS == 0 and _told_to_stop(session)
+        if checkpoint_due or stop:
+            _look_back(session, loss_here, last)
+            with clock.during("checkpoint"):
+                save(session)
+        if stop:
             raise Interrupted(
                 f"stopped as asked in epoch {position.epoch}, after step {position.step}; the same command with --resume goes on."
             )
-    _close_losses(session, loss_here, last)
-    elapsed, steps_done = time.monotonic() - began, position.step - first_step
-    if elapsed <= 0 or steps_done == 0:
-        return {"train_s": 0.0, "images_per_s": 0.0, "data_wait_fraction": 0.0}
-    images = steps_done * config.data.global_batch_size
-    return {"train_s": elapsed, "images_per_s": images / elapsed, "data_wait_fraction": waited / elapsed}
+    _look_back(session, loss_here, last)
+    clock.train_s = clock.elapsed()
+    return clock
 
 
 def _told_to_stop(session: Session) -> bool:
@@ -144,9 +148,7 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
             with network.precision.autocast():
                 inputs = normalise(some_images, network.normalisation, channels_last=config.train.channels_last)
                 logits = session.stepper(inputs)
-            loss = optim.loss_sum(
-                logits, some_labels, class_weights=session.class_weights, label_smoothing=config.train.label_smoothing
-            )
+            loss = losses.loss_sum(logits, some_labels, config.train, session.class_weights)
             session.scaler.scale(loss * scale).backward()
         total += loss.detach().double()
     if config.optim.clip_norm is not None:
@@ -156,94 +158,48 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     session.scaler.step(session.optimizer)
     session.scaler.update()
     session.optimizer.zero_grad(set_to_none=True)
+    if session.ema is not None:
+        ema.update(session.ema, network.model)
     return total
 
 
-def close_epoch(session: Session, timing: dict[str, float]) -> None:
+def close_epoch(session: Session, clock: Clock) -> None:
     """Score val, append to the history, commit a checkpoint, report. Collective; decided once, on rank 0, for all ranks."""
     position, run = session.position, session.run
     average_buffers(session.network.model)
-    began = time.monotonic()
-    predictions = score_split(
-        session.scorer,
-        session.dataset,
-        "val",
-        rank=run.rank,
-        world_size=run.world_size,
-        loader=session.loader,
-    )
-    numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
-    row: dict[str, Any] = {
-        "epoch": position.epoch,
-        "train_loss": position.loss_total / position.weight_total if position.weight_total > 0 else 0.0,
-        "lr": session.optimizer.param_groups[0]["lr"],
-        **numbers,
-        "images_per_s": timing["images_per_s"],
-        "data_wait_fraction": timing["data_wait_fraction"],
-        "epoch_s": timing["train_s"] + time.monotonic() - began,
-        "checkpoint": position.global_step,
-    }
-    position.history.append(collectives.from_rank_0(row))
-    position.epoch += 1
-    position.step, position.loss_total, position.weight_total = 0, 0.0, 0.0
-    save(session)
-    session.journal.epoch(row, step=position.global_step)
-    session.journal.progress(_progress(session, 0, 0.0, 0.0, row["train_loss"]))
-    run.report({name: value for name, value in row.items() if not isinstance(value, str)})
-
-
-def conclude(session: Session, *, open_test: bool) -> None:
-    """Score the best checkpoint on val, and on test where asked, and write predictions, history and results. Collective."""
-    run = session.run
-    best = _best_checkpoint(session)
-    weights = agreed(lambda: checkpoint.load(run.folder, best["checkpoint"])[0])
-    session.network.model.load_state_dict(weights)
-    splits = ["val"] + (["test"] if open_test else [])
-    scored: dict[str, Predictions] = {}
-    for split in splits:
+    if session.ema is not None:
+        average_buffers(session.ema.model)
+    with clock.during("evaluation"):
         predictions = score_split(
             session.scorer,
             session.dataset,
-            split,
+            "val",
             rank=run.rank,
             world_size=run.world_size,
             loader=session.loader,
         )
-        if predictions is not None:
-            scored[split] = predictions
-    failure: MedtlError | None = None
-    if run.rank == 0:
-        try:
-            results.write(session, best, scored)
-        except MedtlError as error:
-            failure = error
-        except OSError as error:
-            failure = disk_error(run, error)
-    collectives.raise_together(failure)  # nobody leaves before the results are written
-
-
-def _best_checkpoint(session: Session) -> dict[str, Any]:
-    """The best epoch's row whose checkpoint verifies, told loudly where it is not the best one. The same on every rank."""
-    chosen: dict[str, Any] | None = None
-    failure: MedtlError | None = None
-    if session.run.rank == 0:
-        rows = list(session.position.history)
-        best = best_row(rows)
-        while chosen is None and (row := best_row(rows)) is not None:
-            try:
-                checkpoint.verify(session.run.folder, row["checkpoint"])
-                chosen = row
-            except DataError as error:
-                # Epochs that were never the best have had their checkpoints deleted on purpose: no news.
-                if row is best or row["checkpoint"] in checkpoint.steps(session.run.folder):
-                    session.journal.note(f"best checkpoint passed over: {error.message}")
-                rows.remove(row)
-        if chosen is None:
-            failure = DataError(f"{session.run.folder.path}: no checkpoint verifies; train again in a new run folder.")
-    collectives.raise_together(failure)
-    result = collectives.from_rank_0(chosen)
-    assert result is not None
-    return result
+        numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
+    (loss_total,) = collectives.totals([position.loss_total])
+    row: dict[str, Any] = {
+        "epoch": position.epoch,
+        "train_loss": loss_total / position.weight_total if position.weight_total > 0 else 0.0,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        **numbers,
+        **clock.row(session.config.data.global_batch_size),
+        "epoch_s": clock.elapsed(),
+        "checkpoint": position.global_step,
+    }
+    row = collectives.from_rank_0(row)
+    position.history.append(row)
+    position.epoch += 1
+    position.step, position.loss_total, position.weight_total = 0, 0.0, 0.0
+    unfreeze(session)  # before the checkpoint, which is of the coming epoch
+    with clock.during("checkpoint"):
+        save(session)
+    row["checkpoint_s"] = clock.seconds["checkpoint"]  # of the checkpoint itself it can't be in its copy of the history
+    session.journal.epoch(row, step=position.global_step)
+    session.journal.progress(_progress(session, Clock(), row["train_loss"]))
+    run.report({name: value for name, value in row.items() if not isinstance(value, str)})
 
 
 def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float | None]:
@@ -282,22 +238,21 @@ def _non_finite(session: Session, loss: Tensor, keys: list[str]) -> TrainingErro
     )
 
 
-def _close_losses(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
-    """Check the last step's loss on every rank and add the ranks' summed losses to the position."""
-    failure = _non_finite(session, *last) if last else None
-    total, num_failed = collectives.totals([float(loss_here), float(failure is not None)])
-    collectives.raise_together(failure, failed=num_failed > 0)
-    session.position.loss_total += total
+def _look_back(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
+    """Check the last step's loss on every rank, and leave this rank's sum in the position."""
+    collectives.raise_together(_non_finite(session, *last) if last else None)
+    session.position.loss_total = float(loss_here)
 
 
 def _no_sync(stepper: nn.Module) -> contextlib.AbstractContextManager[object]:
     return stepper.no_sync() if hasattr(stepper, "no_sync") else contextlib.nullcontext()  # type: ignore[operator]
 
 
-def _progress(session: Session, steps_done: int, elapsed: float, waited: float, loss: float) -> dict[str, Any]:
+def _progress(session: Session, clock: Clock, loss: float) -> dict[str, Any]:
     config, position = session.config, session.position
     best = best_row(position.history)
-    rate = steps_done * config.data.global_batch_size / elapsed if elapsed > 0 else None
+    elapsed = clock.elapsed()
+    rate = clock.num_steps * config.data.global_batch_size / elapsed if clock.num_steps else None
     steps_left = session.plan.num_steps * (config.train.epochs - position.epoch) - position.step
     return {
         "epoch": position.epoch,
@@ -306,7 +261,7 @@ def _progress(session: Session, steps_done: int, elapsed: float, waited: float, 
         "steps": session.plan.num_steps,
         "loss": loss if math.isfinite(loss) else None,
         "images_per_s": rate,
-        "data_wait_fraction": waited / elapsed if elapsed > 0 else None,
+        "data_wait_fraction": clock.seconds["data_wait"] / elapsed if clock.num_steps else None,
         "best_val_auc": best["val_auc"] if best else None,
         "seconds_left": steps_left * config.data.global_batch_size / rate if rate else None,
     }

@@ -1,4 +1,4 @@
-"""model → fit: the optimiser's parameter groups, the learning rate of every step, and the loss of a batch.
+"""model → fit: the optimiser's parameter groups, and the learning rate of every step.
 
 The learning rate is a pure function of the step, so resuming needs no scheduler state.
 """
@@ -6,13 +6,14 @@ The learning rate is a pure function of the step, so resuming needs no scheduler
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from medtl_dist.config import Optim, Schedule
+from medtl_dist.models.registry import BackboneSpec, has_prefix
 
 
 def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -33,47 +34,64 @@ def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: in
     return schedule.final_fraction + (1 - schedule.final_fraction) * (1 + math.cos(math.pi * share)) / 2
 
 
-def create_optimizer(
-    config: Optim, *, head: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters: a group for the head, another for what is trainable below it."""
-    groups = [
-        {"params": list(head), "lr": config.lr, "peak_lr": config.lr},
-        {"params": list(backbone), "lr": config.backbone_lr or config.lr, "peak_lr": config.backbone_lr or config.lr},
+def parameter_groups(config: Optim, model: nn.Module, spec: BackboneSpec) -> list[dict[str, Any]]:
+    """What learns, grouped by learning rate and weight decay: the head first, then the stages in the model's order.
+
+    A group has ``params``, ``names`` (in the model), ``peak_lr`` and ``weight_decay``. Stage k of S (1: the stem) learns at
+    ``backbone_lr · layer_decay ** (S + 1 - k)``, the head at ``lr`` (Howard and Ruder 2018, section 3.2; per stage as in
+    Bao et al. 2022). Without ``decay_norms_and_biases``, a parameter of at most one dimension (a norm's scale or shift,
+    a bias) has weight decay 0.
+    """
+    backbone_lr = config.backbone_lr or config.lr
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    places = {name: _stage_of(name, spec) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Stable: within the head and within the backbone the model's own order stays, and with it that of every sum.
+    for name in sorted(places, key=lambda name: places[name] is not None):
+        parameter, stage = model.get_parameter(name), places[name]
+        depth = 0 if stage is None else spec.num_stages + 1 - stage
+        decays = config.decay_norms_and_biases or parameter.ndim > 1
+        key = (-1.0 if stage is None else config.layer_decay**depth, decays)
+        group = groups.setdefault(
+            key,
+            {
+                "params": [],
+                "names": [],
+                "peak_lr": config.lr if stage is None else backbone_lr * config.layer_decay**depth,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _stage_of(name: str, spec: BackboneSpec) -> int | None:
+    """Number (from 1) of the stage that a parameter belongs to; None: the head."""
+    if has_prefix(name, [spec.head]):
+        return None
+    return next(number for number, stage in enumerate(spec.stages, start=1) if has_prefix(name, stage))
+
+
+def create_optimizer(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """SGD or AdamW over :func:`parameter_groups`."""
+    own = [
+        {key: value for key, value in group.items() if key != "names"} | {"lr": group["peak_lr"]} for group in groups
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(own, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(own, lr=config.lr)
+
+
+def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """``new`` with the state (momenta, counts of steps) that ``old`` has of the parameters that both hold."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+    return new
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def balanced_class_weights(counts: Sequence[int]) -> list[float]:
-    """Weights ``n / (K · n_k)`` of ``K`` classes (scikit-learn's "balanced"); a class without images weighs 0."""
-    total, num_classes = sum(counts), len(counts)
-    return [total / (num_classes * count) if count else 0.0 for count in counts]
-
-
-def loss_sum(logits: Tensor, labels: Tensor, *, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
-    """Cross-entropy summed over the batch; divided by the global :func:`loss_weight` it is the usual mean.
-
-    Args:
-        logits: [batch, classes], any float dtype; computed in float32.
-        labels: int64 [batch].
-        class_weights: float32 [classes] or None.
-    """
-    return F.cross_entropy(
-        logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
-    )
-
-
-def loss_weight(labels: Tensor, class_weights: Tensor | None) -> float:
-    """The batch's share of the loss's denominator: its images, or the sum of their classes' weights."""
-    if class_weights is None:
-        return float(labels.numel())
-    return float(class_weights.cpu().double()[labels.cpu()].sum())

@@ -13,8 +13,9 @@ from medtl_dist.run import LocalRun
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.run_folder import read_config
-from medtl_dist.train.session import agreed, disk_error
+from medtl_dist.train.session import agreed
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
+from medtl_dist.train.state import disk_error
 
 
 def evaluate_run(run: LocalRun, split: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from medtl_dist.metrics.scores import by_patient
 from medtl_dist.metrics.summary import summarise
 from medtl_dist.models.freezing import count_parameters
 from medtl_dist.run import Folder
+from medtl_dist.train.clock import ACTIVITIES
 from medtl_dist.train.evaluate import Predictions, cross_entropy, predictions_table
 from medtl_dist.train.ledger import count_openings, record_opening
 from medtl_dist.train.session import Session
@@ -180,13 +181,17 @@ def headline(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {"split": split} | {name: entry.get(name) for name in names}
 
 
-def throughput(history: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians over the epochs of images/s (all ranks together) and of the share of time spent waiting for data."""
+def throughput(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the epochs of images/s (all ranks together), of the share of training time spent waiting for data, and of
+    the seconds that rank 0 spent on each activity."""
     rates = [row["images_per_s"] for row in history if row["images_per_s"] > 0]
     waits = [row["data_wait_fraction"] for row in history if row["images_per_s"] > 0]
     return {
         "images_per_s": float(np.median(rates)) if rates else None,
         "data_wait_fraction": float(np.median(waits)) if waits else None,
+        "seconds_per_epoch": {
+            name: float(np.median([row[f"{name}_s"] for row in history])) for name in ACTIVITIES if history
+        },
     }
 
 
@@ -225,11 +230,26 @@ def cautions(config: Config, dataset: Dataset, weights: str, entries: Mapping[st
         found.append(
             "The data set names no patients: intervals assume independent images, and splits may share patients."
         )
-    if config.train.class_weights != "none":
-        found.append("Trained with class weights: scores are not calibrated probabilities until corrected on val.")
+    if shifting := _what_shifts_scores(config):
+        found.append(
+            f"Trained with {' and '.join(shifting)}: scores are not calibrated probabilities until corrected on val."
+        )
     if "test" not in entries:
         found.append("Validation only: the epoch was chosen on these images, so the numbers are optimistic.")
     return found
+
+
+def _what_shifts_scores(config: Config) -> list[str]:
+    """What of the training makes the minimum of the loss another function than the probability of the class."""
+    train, augment = config.train, config.augment
+    asked = {
+        "class weights": train.class_weights != "none",
+        "focal loss": train.loss == "focal" and train.focal_gamma > 0,
+        "label smoothing": train.label_smoothing > 0,
+        "mixup": augment.mixup_alpha > 0,
+        "cutmix": augment.cutmix_alpha > 0,
+    }
+    return [name for name, yes in asked.items() if yes]
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -19,6 +19,7 @@ from medtl_dist.models.backbones import create_model
 from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
+from medtl_dist.storage import StorageOptions
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
 
@@ -42,13 +43,27 @@ def open_shards(config: Config) -> Dataset:
     """The config's shard set. Raises UserError where none is named, or it is one this version cannot train on."""
     if config.data.shards is None:
         raise UserError("data.shards is not set: give the folder of a shard set, for example --set data.shards=my_set.")
-    dataset = open_dataset(config.data.shards)
+    dataset = open_dataset(config.data.shards, storage_of(config))
     if dataset.task not in ("binary", "multiclass"):
         raise UserError(f"{config.data.shards}: task {dataset.task} is not supported here; binary and multiclass are.")
     for split in ("train", "val"):
         if not dataset.shards(split):
             raise UserError(f"{config.data.shards}: the set has no {split} images; pack it with a {split} split.")
     return dataset
+
+
+def storage_of(config: Config) -> StorageOptions:
+    """How the config's shard set is reached, where it lies in a store."""
+    data = config.data
+    return StorageOptions(
+        endpoint_url=data.endpoint_url,
+        ca_bundle=data.ca_bundle,
+        anonymous=data.anonymous,
+        timeout_s=data.storage_timeout_s,
+        retries=data.storage_retries,
+        cache_dir=data.cache_dir,
+        cache_mib=data.cache_mib,
+    )
 
 
 def available_cpus() -> int:
@@ -65,15 +80,22 @@ def set_threads(config: Config, world_size: int) -> int:
 
 
 def create_network(
-    config: Config, dataset: Dataset, *, device: torch.device, rank: int, load_weights: bool = True
+    config: Config,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    rank: int,
+    load_weights: bool = True,
+    frozen_depth: int | None = None,
 ) -> Network:
     """Build the config's network for the data set. Collective: rank 0 reads the weights, the others receive them.
 
     ``load_weights=False``: the caller loads a checkpoint next, so initial weights need not exist any more.
+    ``frozen_depth``: None for the config's, that of epoch 0.
     Raises UserError on every rank where the weights can't be had or don't fit.
     """
     backbone = spec(config.model.backbone)
-    depth = resolve_depth(backbone, config.model.frozen_depth)
+    depth = resolve_depth(backbone, config.model.frozen_depth if frozen_depth is None else frozen_depth)
     if config.data.normalisation == "half":
         normalisation = Normalisation((0.5,) * dataset.channels, (0.5,) * dataset.channels)
     else:
@@ -157,7 +179,20 @@ def train_transform_of(config: Config, network: Network) -> TrainTransform:
         rotation_deg=config.augment.rotation_deg,
         brightness=config.augment.brightness,
         contrast=config.augment.contrast,
+        right_angles=config.augment.right_angles,
+        stain_jitter=config.augment.stain_jitter,
+        stain_model=config.augment.stain_model,
     )
+
+
+def check_augmentation(config: Config, dataset: Dataset) -> None:
+    """Raises UserError where two stains are to be told apart in grey images."""
+    augment = config.augment
+    if augment.stain_jitter > 0 and augment.stain_model == "hematoxylin_eosin" and dataset.channels != 3:
+        raise UserError(
+            f"augment.stain_model = hematoxylin_eosin needs RGB images, and {dataset.folder} holds grey ones: give "
+            "augment.stain_model=color, or augment.stain_jitter=0."
+        )
 
 
 def preprocessing_of(config: Config, dataset: Dataset, network: Network) -> dict[str, Any]:

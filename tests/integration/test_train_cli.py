@@ -153,7 +153,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(trained: Path, tmp_path
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medtl_dist.run.os.replace", full)
+    monkeypatch.setattr("medtl_dist.storage.os.replace", full)
     before = (folder / "results.json").read_bytes()
     _fails(["evaluate", str(folder)], 5, "No space left on device", capsys=capsys)
     assert (folder / "results.json").read_bytes() == before

@@ -234,8 +234,7 @@ def _train_with_frozen_norms(rank: int, world_size: int, config: Config, folder:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
-    train_epoch(session)
-    close_epoch(session, {"train_s": 1.0, "images_per_s": 1.0, "data_wait_fraction": 0.0})
+    close_epoch(session, train_epoch(session))
     session.loader.close()
     session.journal.close()
     weights = {name: t.detach().numpy().copy() for name, t in session.network.model.state_dict().items()}
@@ -330,7 +329,7 @@ def _meets_a_full_disk(rank: int, world_size: int, config: Config, folder: str) 
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medtl_dist.run.os.replace", full)
+        patch.setattr("medtl_dist.storage.os.replace", full)
         with pytest.raises(TrainingError) as caught:
             fit(config, _run(Path(folder), rank, world_size))
     return caught.value.message

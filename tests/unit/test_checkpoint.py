@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_part(tmp_path, monk
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medtl_dist.run.os.replace", full)
+    monkeypatch.setattr("medtl_dist.storage.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         _save(folder, 2)
     monkeypatch.undo()

@@ -24,7 +24,7 @@ from image_folders import write_folder
 from shard_sets import image_of
 from tar_files import END, members_of, pax, png, sample
 
-from medtl_dist.data import shards
+from medtl_dist.data import index
 from medtl_dist.data.adopt import AdoptOptions, adopt
 from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.reader import EvalPass, Sample, TrainPass, fill
@@ -211,7 +211,7 @@ def test_a_damaged_index_too_large_to_hash_is_read_alike_or_refused(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages have checksums of their own; the footer and the pages' headers have none."""
-    monkeypatch.setattr(shards, "_HASHED_BYTES", 0)
+    monkeypatch.setattr(index, "_HASHED_BYTES", 0)
     original = everything(open_dataset(packed))
     whole = (packed / "index.parquet").read_bytes()
 
@@ -221,9 +221,9 @@ def test_a_damaged_index_too_large_to_hash_is_read_alike_or_refused(
         data = whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
         with copy_of(packed) as folder:
             (folder / "index.parquet").write_bytes(data)
-            shards._footer.cache_clear()
+            index._local_footer.cache_clear()
             found = outcome(folder)
-            shards._footer.cache_clear()
+            index._local_footer.cache_clear()
             assert found is None or found == original
 
     run()

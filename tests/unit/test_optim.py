@@ -1,18 +1,22 @@
 from __future__ import annotations
 
-import math
+from typing import Literal
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from medtl_dist.config import Optim, Schedule
-from medtl_dist.train.optim import balanced_class_weights, create_optimizer, loss_sum, loss_weight, lr_factor, set_lr
+from medtl_dist.models.freezing import freeze
+from medtl_dist.models.registry import spec
+from medtl_dist.train.optim import (
+    create_optimizer,
+    lr_factor,
+    parameter_groups,
+    set_lr,
+)
 
 
 def _factors(schedule: Schedule, steps_per_epoch: int, epochs: int) -> list[float]:
@@ -54,33 +58,77 @@ def test_constant_is_one_after_warm_up() -> None:
     assert _factors(Schedule(name="constant", warmup_epochs=0.5), 4, 2) == [0.5, 1, 1, 1, 1, 1, 1, 1]
 
 
-def test_head_and_backbone_keep_their_own_peaks() -> None:
-    head, backbone = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    for config in (Optim(name="sgd", lr=0.2, backbone_lr=0.05), Optim(name="adamw", lr=0.2, backbone_lr=0.05)):
-        optimizer = create_optimizer(config, head=[head], backbone=[backbone])
-        set_lr(optimizer, 0.5)
-        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.025]
-    assert len(create_optimizer(Optim(), head=[head], backbone=[]).param_groups) == 1
-    assert {g["lr"] for g in create_optimizer(Optim(lr=0.3), head=[head], backbone=[backbone]).param_groups} == {0.3}
+def _resnet(frozen_depth: int = 0) -> nn.Module:
+    model = spec("resnet18").build()
+    freeze(model, spec("resnet18"), frozen_depth)
+    return model
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_summed_loss_over_parts_is_torchs_weighted_mean(smoothing: float, weighted: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(11, 3, generator=generator)
-    labels = torch.randint(0, 3, (11,), generator=generator)
-    weights = torch.tensor([0.5, 2.0, 1.5]) if weighted else None
-    expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
-    parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
-    total = sum(loss_sum(logits[p], labels[p], class_weights=weights, label_smoothing=smoothing) for p in parts)
-    denominator = sum(loss_weight(labels[p], weights) for p in parts)
-    assert float(total / denominator) == pytest.approx(float(expected), rel=1e-6)
+def _settings(config: Optim, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Peak learning rate and weight decay by parameter name; every trainable parameter once."""
+    found: dict[str, tuple[float, float]] = {}
+    for group in parameter_groups(config, model, spec("resnet18")):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            assert parameter is model.get_parameter(name)
+            assert name not in found
+            found[name] = group["peak_lr"], group["weight_decay"]
+    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return found
 
 
-def test_balanced_weights_are_scikit_learns() -> None:
-    labels = [0] * 5 + [1] * 2 + [2] * 13
-    expected = compute_class_weight("balanced", classes=np.array([0, 1, 2]), y=labels)
-    assert balanced_class_weights([5, 2, 13]) == pytest.approx(list(expected))
-    assert balanced_class_weights([4, 0]) == [0.5, 0.0]
-    assert math.isclose(sum(w * n for w, n in zip(balanced_class_weights([5, 2, 13]), [5, 2, 13], strict=True)), 20)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_head_and_backbone_keep_their_own_peaks(name: Literal["sgd", "adamw"]) -> None:
+    config = Optim(name=name, lr=0.2, backbone_lr=0.05, weight_decay=0.3)
+    groups = parameter_groups(config, _resnet(), spec("resnet18"))
+    # The two groups of old, in the order of old: a clipped norm is summed in this order.
+    assert groups[0]["names"] == ["fc.weight", "fc.bias"]
+    assert groups[1]["names"] == [name for name, _ in _resnet().named_parameters()][:-2]
+    optimizer = create_optimizer(config, groups)
+    set_lr(optimizer, 0.5)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.3), (0.025, 0.3)]
+    assert len(parameter_groups(config, _resnet(5), spec("resnet18"))) == 1
+    assert {rate for rate, _ in _settings(Optim(lr=0.3), _resnet()).values()} == {0.3}
+
+
+def test_layer_decay_is_a_power_per_stage_from_the_head_down() -> None:
+    config = Optim(lr=1.0, backbone_lr=0.5, layer_decay=0.1)
+    rates = {name: rate for name, (rate, _) in _settings(config, _resnet(2)).items()}
+    expected = {
+        "fc.weight": 1.0,
+        "layer4.0.conv1.weight": 0.05,
+        "layer3.1.bn2.bias": 0.005,
+        "layer2.0.bn1.weight": 5e-4,
+    }
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+    assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in rates)
+    assert _settings(config, _resnet())["conv1.weight"][0] == pytest.approx(0.5 * 0.1**5)
+    assert all(
+        {rates[other] for other in rates if other.split(".")[0] == stage} == {rates[f"{stage}.0.conv1.weight"]}
+        for stage in ("layer2", "layer3", "layer4")
+    )
+
+
+def test_norms_and_biases_are_left_out_of_weight_decay_where_asked() -> None:
+    config = Optim(weight_decay=0.1, decay_norms_and_biases=False, layer_decay=0.5)
+    model = _resnet()
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, (_, weight_decay) in _settings(config, model).items():
+        exempt = name.endswith(".bias") or name.rpartition(".")[0] in norms
+        assert weight_decay == (0.0 if exempt else 0.1), name
+
+
+def test_a_decoupled_step_with_a_zero_gradient_is_the_closed_form_of_each_group() -> None:
+    """AdamW without a gradient only decays: θ · (1 - lr · factor · decay)."""
+    model = _resnet()
+    config = Optim(lr=0.1, layer_decay=0.5, weight_decay=0.2, decay_norms_and_biases=False)
+    optimizer = create_optimizer(config, parameter_groups(config, model, spec("resnet18")))
+    set_lr(optimizer, 0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, share in {"fc.weight": 1.0, "layer4.1.conv2.weight": 0.5, "conv1.weight": 0.5**5}.items():
+        shrink = 1 - 0.1 * 0.5 * share * 0.2
+        torch.testing.assert_close(model.get_parameter(name), before[name] * shrink, rtol=1e-6, atol=0)
+    for name in ("bn1.weight", "fc.bias"):
+        assert torch.equal(model.get_parameter(name), before[name])

@@ -26,7 +26,7 @@ from medtl_dist.data.plan import (
     train_plan,
     weigh,
 )
-from medtl_dist.errors import UserError
+from medtl_dist.errors import DataError, UserError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 PLANS = {
@@ -354,7 +354,7 @@ def test_a_class_too_rare_to_balance_is_refused() -> None:
 
 def test_strata_that_differ_from_the_plans_are_refused() -> None:
     weighting = weigh(np.array([[3, 4]]))
-    with pytest.raises(ValueError, match="other strata"):
+    with pytest.raises(DataError, match="differ from those"):
         weighting.virtual_rows(0, np.array([0, 1, 1]), 0, 0)
     with pytest.raises(ValueError, match="do not add up"):
         train_plan([8], global_batch_size=1, seed=0, epoch=0, weighting=weighting)

@@ -335,8 +335,8 @@ def test_an_index_of_another_schema_is_a_fault(folder: Path) -> None:
     raw = (folder / "index.parquet").read_bytes()
     entry = {"name": "index.parquet", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     edit_info(folder, lambda info: info.update(index=entry))
-    assert any("no index of this format (column 0)" in what for _, _, what in faults(folder))
-    with pytest.raises(DataError, match=r"no index of this format \(column 0\)"):
+    assert any("no index of this format (column key)" in what for _, _, what in faults(folder))
+    with pytest.raises(DataError, match=r"is no index of this format|is damaged"):
         read_rows(open_dataset(folder))
 
 
