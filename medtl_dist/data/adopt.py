@@ -25,7 +25,7 @@ import medtl_dist
 from medtl_dist.data import manifest as manifests
 from medtl_dist.data.foreign import ReadTar, Task, read_tar
 from medtl_dist.data.manifest import Identities, Manifest
-from medtl_dist.data.private import REFUSED_FILE, open_private, write_linkage, write_refused
+from medtl_dist.data.private import REFUSED_FILE, open_private, private_folder, write_linkage, write_refused
 from medtl_dist.data.processes import in_order, num_cores
 from medtl_dist.data.shard_writer import describe_index, sync_folder, write_dataset_file
 from medtl_dist.data.shards import (
@@ -150,7 +150,7 @@ def _split_of(name: str, given: Sequence[tuple[str, str]]) -> str | None:
 
 
 def _adopt(folder: Path, work: Path, tasks: list[Task], options: AdoptOptions, progress: Progress | None) -> None:
-    private, secret = open_private(folder, options.key_file)
+    private, secret = open_private(private_folder(folder), options.key_file)
     tars = _read_all(tasks, options, progress)
     refused = [(tar.name, bad) for tar in tars for bad in tar.refused]
     write_refused(private, [(tar, bad.number, bad.what, bad.name) for tar, bad in refused])
