@@ -337,6 +337,25 @@ def test_offsets_that_overflow_are_refused(tmp_path: Path, offset: int, size: in
     assert any("points outside" in fault.what for fault in verify(folder, 1).faults)
 
 
+@pytest.mark.parametrize("label", [2, -1])
+def test_a_label_of_no_class_is_refused(tmp_path: Path, label: int) -> None:
+    """Training would fail on it in the loss, on one rank only, or count from the end."""
+    dataset = write_around(tmp_path / "set", ours(0) + END, [(KEYS[0], 512, png(0), label)])
+    assert "labels of no class" in refusal_by_reader(dataset)
+    assert any(f"has label {label}, of 2 classes" in fault.what for fault in verify(tmp_path / "set", 1).faults)
+
+
+def test_a_flipped_byte_in_the_footer_of_the_index_is_seen(tmp_path: Path) -> None:
+    """In a text there, which no checksum of Parquet's covers and no parser minds."""
+    dataset = write_around(tmp_path / "set", ours(0) + END, [(KEYS[0], 512, png(0), 0)])
+    path = tmp_path / "set" / "index.parquet"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"parquet-cpp-arrow", b"parquet-cpp-Arrow"))
+    assert path.read_bytes() != raw
+    pq.read_table(path)
+    assert "its sha256 differs" in refusal_by_reader(dataset)
+
+
 def test_a_fifo_among_foreign_tars_does_not_hang(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     os.mkfifo(tmp_path / "tars" / "val-0.tar")
