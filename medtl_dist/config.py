@@ -63,6 +63,15 @@ class Data(_Section):
         default=None,
         description="Decoding processes per rank; 0 decodes in the rank itself; null: from the rank's CPUs.",
     )
+    sampling: Literal["natural", "class", "domain"] = Field(
+        default="natural",
+        description="natural: every training image once an epoch; class, domain: by weight, see sampling_weights.",
+    )
+    sampling_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = Field(
+        default=None,
+        description="How often each image of a class (or domain) appears per epoch, 1 where not named; null: so that "
+        "all classes (or domains) appear equally often.",
+    )
     normalisation: Literal["weights", "half"] = Field(
         default="weights", description="weights: what the pretrained network saw; half: mean 0.5, std 0.5 per channel."
     )
@@ -93,6 +102,12 @@ class Data(_Section):
     cache_mib: PositiveInt = Field(
         default=16384, description="Size limit of the cache; the least recently used goes first."
     )
+
+    @model_validator(mode="after")
+    def _weights_need_sampling(self) -> Data:
+        if self.sampling_weights is not None and self.sampling == "natural":
+            raise ValueError("sampling_weights needs sampling = class or domain")
+        return self
 
 
 # What each named set gives the keys of ``augment``; radiograph is the fields' own defaults.
@@ -296,6 +311,14 @@ class Config(_Section):
     evaluate: Evaluate = Evaluate()
     cluster: Cluster = Cluster()
 
+    @model_validator(mode="after")
+    def _rare_classes_are_favoured_once(self) -> Config:
+        if self.data.sampling == "class" and self.train.class_weights == "balanced":
+            raise ValueError(
+                "data.sampling = class and train.class_weights = balanced correct the same twice: choose one"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The complete tree as YAML, in declaration order."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -456,6 +479,6 @@ def _explain(fault: Any) -> tuple[str, str]:
     if fault["type"] in ("model_type", "model_attributes_type"):
         return f"{'.'.join(path) or 'config'} = {fault['input']!r}: ", "expected keys below it"
     if len(path) < 2:
-        return f"{path[0]}: ", message
+        return f"{path[0]}: " if path else "", message
     field = Config.model_fields[path[0]].annotation.model_fields[path[1]]  # type: ignore[union-attr]
     return f"{'.'.join(path[:2])} = {fault['input']!r} ({field.description}) Expected ", message

@@ -2,6 +2,8 @@
 
 From a store the row groups asked for come as whole ranges, one request for each run of neighbours, and Parquet then reads
 from memory: asked to read from the store itself it would make a request for every column.
+
+The footer of a large index is never read whole (see ``data/index_footer.py``): it describes every row group, one per shard.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medtl_dist.data.ahead import Shared
+from medtl_dist.data.index_footer import Spans, footer_of_one
 from medtl_dist.data.ranges import Ranges, ranges_of
 from medtl_dist.data.web import looks_like_html
 from medtl_dist.errors import DataError
@@ -26,9 +29,11 @@ _HASHED_BYTES = 64 * 2**20
 _TAIL_BYTES = 64 * 2**10
 _MOST_BYTES = 16 * 2**20
 _MAGIC = b"PAR1"
+# Up to here the whole footer is fetched and parsed once per process: 10 MiB of memory, and one request fewer per shard.
+WHOLE_FOOTER_BYTES = 2**20
 _footers: Shared[tuple[Ranges, Index, bool], pq.FileMetaData] = Shared(8)
 # Arrow raises IndexError or an OSError for a row group or page that is not there.
-_DAMAGE = (OSError, pa.ArrowException, IndexError, ValueError)
+_DAMAGE = (OSError, pa.ArrowException, IndexError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,16 @@ class Index:
         return os.path.join(self.folder, self.name)
 
 
-def read_row_groups(index: Index, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
-    """The rows of these row groups, of all columns or the named ones.
+def read_row_groups(
+    index: Index, groups: Sequence[int], columns: Sequence[str] | None, spans: Spans | None = None
+) -> pa.Table:
+    """The rows of these row groups, of all columns or the named ones. ``spans``: of the footer, where they are known.
 
     Raises: DataError, the index is damaged; from a store see also ``Ranges.read``.
     """
     wanted = None if columns is None else list(columns)
+    if spans is not None and len(groups) == 1 and spans.after[1] - spans.before[0] > WHOLE_FOOTER_BYTES:
+        return _read_by_spans(index, groups[0], wanted, spans)
     if not is_remote(index.folder):
         try:
             footer = _local_footer(index.path, index.sha256)
@@ -68,6 +77,33 @@ def read_row_groups(index: Index, groups: Sequence[int], columns: Sequence[str] 
         return _read_remote(ranges, index, groups, wanted, fresh=True)
     except _DAMAGE as error:
         raise _damaged(index, error) from None
+
+
+def _read_by_spans(index: Index, group: int, columns: list[str] | None, spans: Spans) -> pa.Table:
+    """The rows of one row group, by its own description alone."""
+    ranges = ranges_of(index.folder, index.storage, index.set_sha256) if is_remote(index.folder) else None
+    failure: BaseException | None = None
+    for fresh in (False, True) if ranges is not None else (True,):
+        try:
+            before, after = (_part_of(index, ranges, span, fresh) for span in (spans.before, spans.after))
+            footer = footer_of_one(before, _part_of(index, ranges, spans.row_groups[group], fresh), after)
+            if ranges is None:
+                return _read(index.path, footer, [0], columns)
+            start, end = _extent(footer.row_group(0), index.num_bytes)
+            data = ranges.read(index.name, start, end, index.num_bytes, fresh=fresh)
+            return _read(pa.PythonFile(_Part(start, data, index.num_bytes), mode="r"), footer, [0], columns)
+        except _DAMAGE as error:
+            failure = error
+    assert failure is not None
+    raise _damaged(index, failure) from None
+
+
+def _part_of(index: Index, ranges: Ranges | None, span: tuple[int, int], fresh: bool) -> bytes:
+    if ranges is not None:
+        return bytes(ranges.read(index.name, *span, index.num_bytes, fresh=fresh))
+    with open(index.path, "rb") as file:
+        file.seek(span[0])
+        return file.read(span[1] - span[0])
 
 
 def _read(source: Any, footer: pq.FileMetaData, groups: Sequence[int], columns: list[str] | None) -> pa.Table:

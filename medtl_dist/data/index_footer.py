@@ -16,8 +16,6 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medtl_dist.errors import DataError
-
 MAGIC = b"PAR1"
 _ROW_GROUPS = 4
 # Thrift's compact types.
@@ -37,25 +35,25 @@ class Spans(NamedTuple):
 def spans_of(tail: bytes, length: int) -> Spans:
     """Where things lie in a Parquet file of ``length`` bytes whose last bytes are ``tail`` (the whole footer at least).
 
-    Raises: DataError, no such footer.
+    Raises: ValueError, no such footer.
     """
     if len(tail) < 8 or tail[-4:] != MAGIC:
-        raise DataError("not a Parquet file")
+        raise ValueError("not a Parquet file")
     footer_bytes = struct.unpack("<I", tail[-8:-4])[0]
     start = len(tail) - 8 - footer_bytes
     if start < 0:
-        raise DataError("a Parquet footer longer than what was read")
+        raise ValueError("a Parquet footer longer than what was read")
     shift = length - len(tail)
     try:
         return _walk(tail, start, len(tail) - 8, shift)
     except (IndexError, RecursionError):
-        raise DataError("a damaged Parquet footer") from None
+        raise ValueError("a damaged Parquet footer") from None
 
 
 def footer_of_one(before: bytes, row_group: bytes, after: bytes) -> pq.FileMetaData:
     """A footer with one row group only; its data are still where they were in the file.
 
-    Raises: DataError, bytes that are no footer.
+    Raises: ValueError, bytes that are no footer.
     """
     # 0x19: the field after the last one, a list; 0x1C: of one struct.
     footer = before + b"\x19\x1c" + row_group + after
@@ -63,7 +61,7 @@ def footer_of_one(before: bytes, row_group: bytes, after: bytes) -> pq.FileMetaD
     try:
         return pq.read_metadata(pa.BufferReader(file))
     except (OSError, ValueError, IndexError, OverflowError, pa.ArrowException) as error:
-        raise DataError(f"a damaged Parquet footer ({type(error).__name__})") from None
+        raise ValueError(f"a damaged Parquet footer ({type(error).__name__})") from None
 
 
 def _walk(data: bytes, at: int, end: int, shift: int) -> Spans:
@@ -73,11 +71,11 @@ def _walk(data: bytes, at: int, end: int, shift: int) -> Spans:
         kind = data[at] & 0x0F
         at += 1
         if not data[head] >> 4:
-            raise DataError("a Parquet footer of an unknown layout")
+            raise ValueError("a Parquet footer of an unknown layout")
         field += data[head] >> 4
         if field == _ROW_GROUPS:
             if data[head] >> 4 != 1 or kind != _LIST:
-                raise DataError("a Parquet footer of an unknown layout")
+                raise ValueError("a Parquet footer of an unknown layout")
             count, element, at = _list_head(data, at)
             groups = []
             for _ in range(count if element == _STRUCT else 0):
@@ -88,7 +86,7 @@ def _walk(data: bytes, at: int, end: int, shift: int) -> Spans:
                 raise IndexError
             return Spans((shift + begin, shift + head), (shift + at, shift + end), groups)
         at = _skip(data, at, kind, 0)
-    raise DataError("a Parquet footer without row groups")
+    raise ValueError("a Parquet footer without row groups")
 
 
 def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
@@ -105,7 +103,7 @@ def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
         size, at = _varint(data, at)
         return at + size
     if kind not in _FIXED:  # maps do not occur in FileMetaData
-        raise DataError("a Parquet footer of an unknown layout")
+        raise ValueError("a Parquet footer of an unknown layout")
     return at + _FIXED[kind]
 
 

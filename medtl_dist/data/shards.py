@@ -14,12 +14,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from medtl_dist.data.index import Index, read_row_groups
+from medtl_dist.data.index_footer import Spans
 from medtl_dist.data.ranges import ranges_of
 from medtl_dist.data.web import looks_like_html
 from medtl_dist.errors import DataError, UserError
@@ -131,6 +133,15 @@ class Dataset:
             row_group += len(listed)
         return by_split
 
+    @functools.cached_property
+    def index_spans(self) -> Spans | None:
+        """Where the index's footer and its parts lie; None: not recorded."""
+        entry = self.info["index"]
+        if "row_groups" not in entry:
+            return None
+        before_start, before_end, after_start, after_end = entry["footer"]
+        return Spans((before_start, before_end), (after_start, after_end), list(pairwise(entry["row_groups"])))
+
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split in index order. Raises: UserError, the set has no such split."""
         if split not in self._shards:
@@ -207,7 +218,7 @@ def read_split(dataset: Dataset, split: str, columns: Sequence[str] | None = Non
 def _read_row_groups(dataset: Dataset, shards: list[Shard], columns: Sequence[str] | None) -> pa.Table:
     entry = dataset.info["index"]
     index = Index(dataset.folder, INDEX_FILE, entry["bytes"], entry["sha256"], dataset.sha256, dataset.storage)
-    table = read_row_groups(index, [shard.row_group for shard in shards], columns)
+    table = read_row_groups(index, [shard.row_group for shard in shards], columns, dataset.index_spans)
     types = {column.name: column.type for column in table.schema}
     for expected in INDEX_FIELDS:
         found = types.get(expected.name)
@@ -255,6 +266,7 @@ def _check_shape(info: dict[str, Any]) -> None:
     if type(index["bytes"]) is not int or not isinstance(index["sha256"], str):
         raise ValueError("the index has no length or checksum")
     _check_shards(info)
+    _check_spans(info)
 
 
 def _check_shards(info: dict[str, Any]) -> None:
@@ -272,6 +284,18 @@ def _check_shards(info: dict[str, Any]) -> None:
                 raise ValueError(f"{shard['name']} has no checksum")
         if sum(shard["samples"] for shard in entry["shards"]) != entry["samples"]:
             raise ValueError(f"split {split}: shards do not add up to its samples")
+
+
+def _check_spans(info: dict[str, Any]) -> None:
+    index = info["index"]
+    if "row_groups" in index:
+        first, then, *rest = index["footer"]
+        places = [first, then, *index["row_groups"], *rest]
+        num_shards = sum(len(entry["shards"]) for entry in info["splits"].values())
+        if len(rest) != 2 or len(index["row_groups"]) != num_shards + 1 or not all(type(p) is int for p in places):
+            raise ValueError("the index's footer is described wrongly")
+        if places != sorted(places) or first < 0 or rest[1] > index["bytes"]:
+            raise ValueError("the index's footer lies elsewhere")
 
 
 def _check_files(dataset: Dataset) -> None:

@@ -243,6 +243,7 @@ def _what_shifts_scores(config: Config) -> list[str]:
     """What of the training makes the minimum of the loss another function than the probability of the class."""
     train, augment = config.train, config.augment
     asked = {
+        f"sampling by {config.data.sampling}": config.data.sampling != "natural",
         "class weights": train.class_weights != "none",
         "focal loss": train.loss == "focal" and train.focal_gamma > 0,
         "label smoothing": train.label_smoothing > 0,

@@ -18,6 +18,7 @@ from medtl_dist.config import Config
 from medtl_dist.data.loader import Loader
 from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
+from medtl_dist.data.strata import Strata, strata_of
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
 from medtl_dist.errors import MedtlError, UserError
 from medtl_dist.models.registry import spec
@@ -61,6 +62,7 @@ class Session:
     config: Config
     run: Run
     dataset: Dataset
+    strata: Strata | None  # of weighted sampling
     network: Network
     stepper: nn.Module  # the model, wrapped in DDP where there are several ranks
     optimizer: torch.optim.Optimizer
@@ -84,7 +86,8 @@ def start(config: Config, run: Run) -> Session:
     torch.manual_seed(config.train.seed * 1009 + run.rank)
     dataset = agreed(lambda: open_shards(config))
     agreed(lambda: check_augmentation(config, dataset))
-    plan = agreed(lambda: plan_of(config, dataset))
+    strata = agreed(lambda: sampling_of(config, dataset))
+    plan = agreed(lambda: plan_of(config, dataset, strata=strata))
     own_batch = agreed(lambda: own_batch_of(plan, run))
     agreed(lambda: check_unfreezing(config, spec(config.model.backbone)))
     warnings: list[str] = []
@@ -110,6 +113,7 @@ def start(config: Config, run: Run) -> Session:
         config=config,
         run=run,
         dataset=dataset,
+        strata=strata,
         network=network,
         stepper=wrap(config, network, dataset.channels, own_batch),
         optimizer=optim.create_optimizer(
@@ -161,7 +165,9 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     check_augmentation(config, dataset)
     _class_weights(config, dataset, torch.device("cpu"))
     check_world_size(
-        plan_of(config, dataset).num_lanes, max(config.cluster.num_workers, 1), config.data.global_batch_size
+        plan_of(config, dataset, strata=sampling_of(config, dataset)).num_lanes,
+        max(config.cluster.num_workers, 1),
+        config.data.global_batch_size,
     )
 
 
@@ -173,7 +179,14 @@ def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path
         )
 
 
-def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:
+def sampling_of(config: Config, dataset: Dataset) -> Strata | None:
+    """How the config weighs the training images, if it does. Raises UserError for names or weights that don't fit."""
+    if config.data.sampling == "natural":
+        return None
+    return strata_of(dataset, "train", config.data.sampling, config.data.sampling_weights)
+
+
+def plan_of(config: Config, dataset: Dataset, epoch: int = 0, strata: Strata | None = None) -> EpochPlan:
     """The epoch's order of the training split. Raises UserError where there are too few images for one step."""
     return train_plan(
         [shard.samples for shard in dataset.shards("train")],
@@ -181,7 +194,8 @@ def plan_of(config: Config, dataset: Dataset, epoch: int = 0) -> EpochPlan:
         seed=config.train.seed,
         epoch=epoch,
         max_lanes=config.data.lanes,
-        run_length=run_length_of(dataset, "train", config.data.global_batch_size, config.data.lanes),
+        run_length=run_length_of(dataset, "train", config.data.global_batch_size, config.data.lanes, strata),
+        weighting=strata and strata.weighting,
     )
 
 
@@ -218,6 +232,7 @@ def train_stream(session: Session) -> Iterator[Batch]:
         loader=session.loader,
         verify=config.data.verify_checksums,
         pin_memory=run.device.type == "cuda",
+        strata=session.strata,
     )
     if not mixes:
         return batches

@@ -230,3 +230,18 @@ def test_checkpoints_by_the_clock_and_where_the_time_goes(shards: str, tmp_path:
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["throughput"]["seconds_per_epoch"] == spent
     assert row["data_wait_fraction"] == pytest.approx(spent["data_wait"] * row["images_per_s"] / 24)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_with_weighted_sampling_killed_twice_equals_the_whole_one_bit_for_bit(
+    shards: str, tmp_path: Path, world_size: int
+) -> None:
+    asked = ("data.sampling=class", "data.sampling_weights={NORMAL: 1.7, PNEUMONIA: 0.4}")
+    config = small_config(shards, *asked, "train.epochs=3", "train.checkpoint_every_steps=9")
+    if world_size == 1:
+        _whole_and_twice_killed(0, 1, config, str(tmp_path))
+    else:
+        run_ranks(world_size, _whole_and_twice_killed, config, str(tmp_path))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    cautions = json.loads((tmp_path / "whole" / "results.json").read_text())["cautions"]
+    assert any("sampling by class" in caution and "calibrated" in caution for caution in cautions)

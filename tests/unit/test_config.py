@@ -139,6 +139,8 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
     }
     other_values |= {"train.precision": "bf16", "train.class_weights": "balanced", "evaluate.unit": "patient"}
     other_values |= {
+        "data.sampling": "class",
+        "data.sampling_weights": {"PNEUMONIA": 2.0},
         "train.ema_decay": 0.9,
         "train.unfreeze": {1: 0},
         "train.loss": "focal",
@@ -158,14 +160,28 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             continue
         if dotted == "model.zero_init_residual":
             assert base.model.weights == "random"
-        changed = load_config(
-            preset="smoke", overrides=[f"{dotted}={yaml.safe_dump(new, default_flow_style=True).splitlines()[0]}"]
-        )
-        assert changed.sha256() != base.sha256(), dotted
-        assert [line.split(":")[0] for line in differing_keys(base, changed)] == [dotted]
+        needed = ["data.sampling=class"] if dotted == "data.sampling_weights" else []
+        before = load_config(preset="smoke", overrides=needed)
+        given = f"{dotted}={yaml.safe_dump(new, default_flow_style=True).splitlines()[0]}"
+        changed = load_config(preset="smoke", overrides=[*needed, given])
+        assert changed.sha256() != before.sha256(), dotted
+        assert [line.split(":")[0] for line in differing_keys(before, changed)] == [dotted]
 
 
 @pytest.mark.parametrize("cls", BY_NAME.values())
 def test_errors_survive_pickling(cls) -> None:
     again = pickle.loads(pickle.dumps(cls("what, why, what next")))  # noqa: S301 - our own bytes
     assert (type(again), again.message, again.exit_code) == (cls, "what, why, what next", cls.exit_code)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.sampling=class", "train.class_weights=balanced"], r"^data\.sampling = class and .* choose one$"),
+        (["data.sampling_weights={a: 2}"], "sampling_weights needs sampling = class or domain"),
+        (["data.sampling=class", "data.sampling_weights={a: 200}"], r"sampling_weights.*less than or equal to 100"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)

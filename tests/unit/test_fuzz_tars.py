@@ -5,6 +5,7 @@ The run is the same every time; ``MEDTL_FUZZ_EXAMPLES=20000`` makes a longer one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -202,7 +203,8 @@ def test_a_forged_set_gives_samples_or_an_error_and_never_a_crash(packed: Path, 
             (folder / file).write_bytes(changed(whole, todo))
             agree(folder, file)
             outcome(folder)
-            verify(folder, 1)
+            with contextlib.suppress(MedtlError):  # dataset.json says where the footer lies: another length belies it
+                verify(folder, 1)
 
     run()
 

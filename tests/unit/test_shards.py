@@ -7,10 +7,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from shard_sets import key_of, write_set
 
-from medtl_dist.data.shards import open_dataset, read_shard_rows, read_split
+from medtl_dist.data import index
+from medtl_dist.data.pack import PackOptions, pack
+from medtl_dist.data.shards import INDEX_FILE, open_dataset, read_shard_rows, read_split
 from medtl_dist.errors import DataError, UserError
 
 SHARD = {"name": "train-000000.tar", "samples": 1, "bytes": 1, "sha256": ""}
@@ -143,3 +147,39 @@ def test_an_index_with_damaged_bytes_or_of_another_set(folder: Path, tmp_path: P
     damaged.info["index"]["sha256"] = "another"  # else the footer is remembered from the whole index
     with pytest.raises(DataError, match=r"index.parquet is damaged"):
         read_shard_rows(damaged, damaged.shards("train")[0])
+
+
+def test_a_large_index_is_read_by_each_row_groups_own_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        place = tmp_path / "tree" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"{number}.png"), np.full((9, 9), number, np.uint8))
+    dataset = pack(tmp_path / "tree", tmp_path / "set", PackOptions())
+    shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
+    assert len(shards) > 3
+    whole = [read_shard_rows(dataset, shard) for shard in shards]
+    monkeypatch.setattr(index, "WHOLE_FOOTER_BYTES", 0)
+    monkeypatch.setattr(index, "_local_footer", None)  # not to be asked
+    for shard, expected in zip(shards, whole, strict=True):
+        assert read_shard_rows(dataset, shard).equals(expected)
+        assert read_shard_rows(dataset, shard, ["key", "label"]).equals(expected.select(["key", "label"]))
+    path = Path(dataset.folder) / INDEX_FILE
+    data = bytearray(path.read_bytes())
+    start = dataset.info["index"]["row_groups"][shards[2].row_group]
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"index\.parquet is damaged"):
+        read_shard_rows(dataset, shards[2])
+
+
+def test_a_footer_described_wrongly_is_damage(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", {"train": [3, 4]})
+    file = tmp_path / "set" / "dataset.json"
+    info = json.loads(file.read_text())
+    for footer, row_groups in (([0, 5, 9, 20], [6, 7]), ([0, 5, 9, 20], [6, 8, 7]), ([0, 5, 9, 10**9], [6, 7, 8])):
+        info["index"] |= {"footer": footer, "row_groups": row_groups}
+        file.write_text(json.dumps(info))
+        with pytest.raises(DataError, match=r"dataset\.json is damaged \(the index's footer"):
+            open_dataset(tmp_path / "set")
