@@ -15,6 +15,7 @@ from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.report import report
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
+from medtl_dist.cli.verify import index, verify
 from medtl_dist.errors import MedtlError
 
 app = typer.Typer(
@@ -24,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+data_app.command()(verify)
+data_app.command()(index)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.command()(train)

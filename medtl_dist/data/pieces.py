@@ -23,6 +23,7 @@ from medtl_dist.data.plan import IntArray, Piece
 from medtl_dist.data.ranges import ranges_of
 from medtl_dist.data.shards import Dataset, Shard, read_shard_rows
 from medtl_dist.data.strata import Strata
+from medtl_dist.data.tars import MAX_IMAGE_BYTES
 from medtl_dist.data.web import looks_like_html
 from medtl_dist.errors import DataError
 
@@ -172,11 +173,14 @@ class Reader:
 
     def _check(self, shard: Shard, rows: Rows) -> None:
         """The members must follow one another within the shard: one read must get what it expects, and no more."""
-        ends = rows.offsets + rows.sizes
-        if (rows.sizes < 1).any() or (rows.offsets < 0).any() or (rows.offsets[1:] < ends[:-1]).any():
-            raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
-        if ends.max(initial=0) > shard.bytes:
+        if rows.offsets.max(initial=0) > shard.bytes or (rows.sizes > shard.bytes - rows.offsets).any():
             raise DataError(f"the index of {self._path(shard)} points beyond its end: copy the set or pack it again")
+        ends = rows.offsets + rows.sizes  # within the shard, so that nothing overflows
+        unread = (rows.sizes < 1).any() or (rows.sizes > MAX_IMAGE_BYTES).any() or (rows.offsets < 0).any()
+        if unread or (rows.offsets[1:] < ends[:-1]).any():
+            raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
+        if (rows.labels < 0).any() or (rows.labels >= len(self.dataset.classes)).any():
+            raise DataError(f"the index of {self._path(shard)} is damaged (labels of no class): pack the set again")
 
     def _range(self, shard: Shard, start: int, stop: int) -> bytes:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from medtl_dist.data.sources import Listing
 KEY_FILE = "key"
 LINKAGE_FILE = "linkage.parquet"
 PROBLEMS_FILE = "problems.csv"
+REFUSED_FILE = "refused.csv"
 
 
 def private_folder(dest: Path) -> Path:
@@ -82,6 +83,18 @@ def write_problems(folder: Path, listing: Listing, identities: Identities, probl
     for row in sorted(problems, key=lambda row: identities.keys[row]):
         where = "" if listing.rows[row] < 0 else listing.rows[row]
         writer.writerow((identities.keys[row].hex(), problems[row], _printable(listing.names[row]), where))
+    _replace(path, text.getvalue().encode("utf-8"))
+
+
+def write_refused(folder: Path, refused: Sequence[tuple[str, int, str, str]]) -> None:
+    """Write ``refused.csv`` (``tar, member, reason, name``): members of foreign tars; none without any."""
+    path = folder / REFUSED_FILE
+    if not refused:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("tar", "member", "reason", "name"), *refused])
     _replace(path, text.getvalue().encode("utf-8"))
 
 

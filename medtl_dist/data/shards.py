@@ -48,8 +48,8 @@ INDEX_FIELDS = (
     pa.field("channels", pa.int32()),
 )
 
-# Names in a set are data from elsewhere: only plain file names of our own making are ever opened.
-_SHARD_NAME = re.compile(r"(train|val|test)-[0-9]{6,}\.tar")
+# Names in a set are data from elsewhere: only plain file names are ever opened, no path and no URL.
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.tar")
 _REQUIRED = ("format_version", "task", "classes", "positive_class", "preprocessing", "splits", "group_source", "index")
 
 
@@ -149,11 +149,11 @@ class Dataset:
         return self._shards[split]
 
 
-def open_dataset(folder: str | Path, storage: StorageOptions | None = None) -> Dataset:
+def open_dataset(folder: str | Path, storage: StorageOptions | None = None, *, check_files: bool = True) -> Dataset:
     """Open the set in a folder or at an address; checks the shape of ``dataset.json``.
 
-    Of a local set every file must have its recorded length. A store is not asked about each of its shards (a request
-    each, of 10^5): there a missing or shortened one is told when it is read.
+    Of a local set every file must have its recorded length, unless ``check_files`` says not to look. A store is not
+    asked about each of its shards (a request each, of 10^5): there a missing or shortened one is told when it is read.
 
     Raises:
         UserError: no such folder, or a folder that is no set, or a set of a newer format; a refused address or access.
@@ -166,14 +166,14 @@ def open_dataset(folder: str | Path, storage: StorageOptions | None = None) -> D
     at = f"{place.url}/{DATASET_FILE}"
     try:
         info = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         if looks_like_html(raw):
             raise DataError(f"{at}: an HTML page came instead; a login page or a proxy in between?") from None
         raise DataError(f"{at} is damaged (not JSON): copy the set again or pack it again") from None
     _check_info(info, place.url)
     info["name"] = place.name
     dataset = Dataset(place.url, info, hashlib.sha256(raw).hexdigest(), storage)
-    if not place.remote:
+    if check_files and not place.remote:
         _check_files(dataset)
     return dataset
 
@@ -219,6 +219,13 @@ def _read_row_groups(dataset: Dataset, shards: list[Shard], columns: Sequence[st
     entry = dataset.info["index"]
     index = Index(dataset.folder, INDEX_FILE, entry["bytes"], entry["sha256"], dataset.sha256, dataset.storage)
     table = read_row_groups(index, [shard.row_group for shard in shards], columns, dataset.index_spans)
+    types = {column.name: column.type for column in table.schema}
+    for expected in INDEX_FIELDS:
+        found = types.get(expected.name)
+        wanted = columns is None or expected.name in columns
+        # A label of several classes is a list.
+        if wanted and (found is None or (found != expected.type and expected.name != "label")):
+            raise DataError(f"{index.path} is no index of this format (column {expected.name}): copy or pack it again")
     if table.num_rows != sum(shard.samples for shard in shards):
         raise DataError(
             f"{index.path} does not match {DATASET_FILE}: another number of samples; copy or pack the set again"
@@ -249,14 +256,37 @@ def _check_shape(info: dict[str, Any]) -> None:
         raise ValueError("colour is neither grey nor rgb")
     if not set(info["splits"]) <= set(SPLITS) or not info["splits"]:
         raise ValueError("splits other than train, val, test")
+    classes, index = info["classes"], info["index"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes are no list of names")
+    if not classes or len(set(classes)) < len(classes) or info["positive_class"] not in (None, *classes):
+        raise ValueError("no classes, one of them twice, or the positive one unknown")
+    if not all(isinstance(info[name], str) for name in ("task", "group_source")):
+        raise ValueError("task or group_source is no text")
+    if type(index["bytes"]) is not int or not isinstance(index["sha256"], str):
+        raise ValueError("the index has no length or checksum")
+    _check_shards(info)
+    _check_spans(info)
+
+
+def _check_shards(info: dict[str, Any]) -> None:
+    names: set[str] = set()
     for split, entry in info["splits"].items():
         for shard in entry["shards"]:
-            if not _SHARD_NAME.fullmatch(shard["name"]) or not shard["name"].startswith(split):
-                raise ValueError(f"split {split} lists a shard under another name")
-            if not all(isinstance(shard[count], int) and shard[count] >= 0 for count in ("samples", "bytes")):
+            if not SHARD_NAME.fullmatch(shard["name"]):
+                raise ValueError(f"split {split} lists a shard whose name is no plain file name")
+            if shard["name"] in names:
+                raise ValueError(f"{shard['name']} is listed twice")
+            names.add(shard["name"])
+            if not all(type(shard[count]) is int and 0 <= shard[count] < 2**53 for count in ("samples", "bytes")):
                 raise ValueError(f"{shard['name']} has no counts")
+            if not isinstance(shard["sha256"], str):
+                raise ValueError(f"{shard['name']} has no checksum")
         if sum(shard["samples"] for shard in entry["shards"]) != entry["samples"]:
             raise ValueError(f"split {split}: shards do not add up to its samples")
+
+
+def _check_spans(info: dict[str, Any]) -> None:
     index = info["index"]
     if "row_groups" in index:
         first, then, *rest = index["footer"]
