@@ -93,7 +93,7 @@ class Model(_Section):
     )
     fold_frozen: bool = Field(
         default=False,
-        description="Compute frozen convolutions with their BatchNorm folded in: faster; in bf16 other numbers by about 1 %.",
+        description="Compute frozen convolutions with their BatchNorm folded in; in bf16 features change by some percent.",
     )
     zero_init_residual: bool = Field(
         default=False, description="Start residual branches at zero; for random weights only."

@@ -11,6 +11,7 @@ import typer
 from medtl_dist import __version__
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.models import models
 from medtl_dist.cli.report import report
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.errors import MedtlError
@@ -27,6 +28,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(report)
 app.command()(demo)
+app.command()(models)
 
 
 @app.callback(invoke_without_command=True)

@@ -262,7 +262,7 @@ def _refuse_misfits(
         )
         if found
     ]
-    fitting = _backbone_of(tensors)
+    fitting = _backbone_of({name: tensor for name, tensor in tensors.items() if not has_prefix(name, [spec.head])})
     advice = (
         f"they are {fitting} weights: set model.backbone={fitting}"
         if fitting and fitting != spec.name
