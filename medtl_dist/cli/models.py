@@ -11,7 +11,9 @@ import typer
 def models(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Networks to show, timm/NAME included [default: all of torchvision's]."),
+        typer.Argument(
+            metavar="[NAME]...", help="Networks to show, timm/NAME included [default: all of torchvision's]."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the modules of each stage.")] = False,
 ) -> None:

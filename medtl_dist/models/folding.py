@@ -40,7 +40,10 @@ def fold_frozen(model: nn.Module, spec: BackboneSpec, frozen_depth: int | str) -
                 module.__dict__.pop(name, None)
     pairs = [pair for pair in _pairs(model, spec) if all(has_prefix(name, frozen) for name in pair)] if frozen else []
     for conv_name, norm_name in pairs:
-        conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), cast(nn.BatchNorm2d, model.get_submodule(norm_name))
+        conv, norm = (
+            cast(nn.Conv2d, model.get_submodule(conv_name)),
+            cast(nn.BatchNorm2d, model.get_submodule(norm_name)),
+        )
         conv.__dict__["forward"] = partial(_folded_conv, conv, norm)
         norm.__dict__["forward"] = partial(_without_norm, norm)
     return len(pairs)

@@ -21,7 +21,9 @@ class BackboneSpec:
     """
 
     name: str
-    build: Callable[..., nn.Module]  # random weights, RGB input, the original head; image_size_px= where patch_px is set
+    build: Callable[
+        ..., nn.Module
+    ]  # random weights, RGB input, the original head; image_size_px= where patch_px is set
     stages: tuple[tuple[str, ...], ...]  # from the input to the head
     head: str  # a nn.Linear
     first_conv: str

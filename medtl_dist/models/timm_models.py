@@ -33,7 +33,9 @@ def timm_spec(name: str) -> BackboneSpec:
     if not isinstance(head, str) or not isinstance(modules.get(head), nn.Linear):
         raise UserError(f"model.backbone: timm/{name} does not end in one linear head ({head}); choose another model")
     if not isinstance(first_conv, str) or not isinstance(modules.get(first_conv), nn.Conv2d):
-        raise UserError(f"model.backbone: timm/{name} does not begin with one convolution ({first_conv}); choose another")
+        raise UserError(
+            f"model.backbone: timm/{name} does not begin with one convolution ({first_conv}); choose another"
+        )
     rest = tuple(_prefixes(model, {key for key in model.state_dict() if not has_prefix(key, [head])}))
     fixed = bool(told.get("fixed_input_size")) and _accepts_image_size(name, told["input_size"][-1])
     positions = model.state_dict().get("pos_embed")

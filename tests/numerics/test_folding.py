@@ -93,7 +93,12 @@ def test_saved_tensors_know_nothing_of_folding() -> None:
     assert save(dict(model.state_dict())) == before
     assert [name for name, _ in model.named_buffers()] == [name for name, _ in learned("resnet18").named_buffers()]
     other = create_model(
-        "resnet18", num_outputs=3, in_channels=1, weights="random", normalisation=native_normalisation(backbone, 1), seed=9
+        "resnet18",
+        num_outputs=3,
+        in_channels=1,
+        weights="random",
+        normalisation=native_normalisation(backbone, 1),
+        seed=9,
     ).model
     freeze(other.eval(), backbone, 3)
     fold_frozen(other, backbone, 3)

@@ -65,7 +65,10 @@ def test_agrees_with_the_model_that_the_weights_were_published_for(file: Path) -
 def test_a_grey_model_with_a_head_of_its_own_takes_them(file: Path) -> None:
     grey, rgb = create(file, in_channels=1, num_outputs=2), create(file, num_outputs=2)
     assert "first convolution turned from RGB to grey" in grey.message
-    assert "new head with 2 outputs (dropped the file's: classifier.weight [1000, 1280], classifier.bias [1000])" in grey.message
+    assert (
+        "new head with 2 outputs (dropped the file's: classifier.weight [1000, 1280], classifier.bias [1000])"
+        in grey.message
+    )
     with torch.no_grad():
         one = images(1)
         result, expected = grey.model.eval()(one), rgb.model.eval()(one.expand(-1, 3, -1, -1))

@@ -78,7 +78,9 @@ def test_the_record_describes_the_model(name: str) -> None:
     assert isinstance(head, nn.Linear)
     assert (head.in_features, head.out_features) == (backbone.feature_dim, 1000)
     assert isinstance(first_conv, nn.Conv2d)
-    assert isinstance(grey_conv(first_conv, native_normalisation(backbone, 3), native_normalisation(backbone, 1)), GreyConv2d)
+    assert isinstance(
+        grey_conv(first_conv, native_normalisation(backbone, 3), native_normalisation(backbone, 1)), GreyConv2d
+    )
     assert next(iter(model.named_parameters()))[0].startswith((backbone.first_conv, *backbone.stages[0]))
     last_norms = {
         f"{key}.bn{2 if isinstance(block, BasicBlock) else 3}"
@@ -214,7 +216,9 @@ def test_weights_come_back_from_a_file_and_grey_is_replicated_rgb(small: tuple[s
 
 def narrow(model: nn.Module) -> nn.Module:
     """A copy; AlexNet's with 16 hidden units instead of 4096: the same layers without a quarter of a gigabyte."""
-    linear = [key for key, part in model.named_modules() if isinstance(part, nn.Linear) and key.startswith("classifier.")]
+    linear = [
+        key for key, part in model.named_modules() if isinstance(part, nn.Linear) and key.startswith("classifier.")
+    ]
     if len(linear) != 3:
         return copy.deepcopy(model)
     first = model.get_submodule(linear[0])

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 from torchvision.models import get_model
 
 from medtl_dist.errors import UserError
@@ -65,7 +64,9 @@ def test_specs_are_picklable() -> None:
 
 
 def test_an_unknown_backbone_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown backbone 'resnet20' \(did you mean resnet\d+\?\); .*resnet18, .*timm/NAME$"):
+    with pytest.raises(
+        UserError, match=r"unknown backbone 'resnet20' \(did you mean resnet\d+\?\); .*resnet18, .*timm/NAME$"
+    ):
         spec("resnet20")
 
 
@@ -164,7 +165,9 @@ def test_images_of_an_impossible_size_are_refused(backbone: str, size: int, told
         check_image_size(spec(backbone), size)
 
 
-@pytest.mark.parametrize(("backbone", "size"), [("resnet18", 32), ("resnet18", 999), ("inception_v3", 75), ("vit_b_32", 64)])
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("resnet18", 32), ("resnet18", 999), ("inception_v3", 75), ("vit_b_32", 64)]
+)
 def test_images_of_a_possible_size_pass(backbone: str, size: int) -> None:
     check_image_size(spec(backbone), size)
 

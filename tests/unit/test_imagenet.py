@@ -144,7 +144,9 @@ def hub_spec() -> BackboneSpec:
     return replace(spec("resnet18"), name="timm/some", hub="timm/some.in1k", weights_urls=())
 
 
-def test_timm_weights_come_from_the_hubs_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_weights_come_from_the_hubs_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub", reason="timm is not installed")
     (tmp_path / "model.safetensors").write_bytes(CONTENT)
     asked: list[tuple[str, str]] = []
@@ -168,7 +170,8 @@ def test_timm_weights_without_a_network_are_told_at_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: f"http://127.0.0.1:{port}/x")
     with pytest.raises(
-        UserError, match=r"weights of timm/some could not be fetched from https://huggingface\.co/timm/some\.in1k .*refused"
+        UserError,
+        match=r"weights of timm/some could not be fetched from https://huggingface\.co/timm/some\.in1k .*refused",
     ) as caught:
         imagenet_file(hub_spec())
     assert "--set model.weights=/path/to/model.safetensors" in caught.value.message

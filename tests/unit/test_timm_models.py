@@ -24,7 +24,13 @@ pytest.importorskip("timm", reason="timm is not installed")
     [
         ("resnet18", 5, ("conv1", "bn1"), ("layer4",), 512),
         ("tf_efficientnet_lite0", 8, ("conv_stem", "bn1"), ("blocks.6", "conv_head", "bn2"), 1280),
-        ("vit_tiny_patch16_224.augreg_in21k", 13, ("cls_token", "pos_embed", "patch_embed"), ("blocks.11", "norm"), 192),
+        (
+            "vit_tiny_patch16_224.augreg_in21k",
+            13,
+            ("cls_token", "pos_embed", "patch_embed"),
+            ("blocks.11", "norm"),
+            192,
+        ),
         ("convnext_atto", 5, ("stem",), ("stages.3", "head.norm"), 320),
         ("swin_tiny_patch4_window7_224", 5, ("patch_embed",), ("layers.3", "norm"), 768),
         ("mobilenetv3_small_100", 8, ("conv_stem", "bn1"), ("conv_head",), 1024),

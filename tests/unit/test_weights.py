@@ -376,7 +376,13 @@ POSITIONED = replace(
 def create_positioned(path: Path, image_size_px: int, monkeypatch: pytest.MonkeyPatch) -> Created:
     monkeypatch.setattr(registry, "_BACKBONES", {"tiny_vit": POSITIONED})
     return create_model(
-        "tiny_vit", num_outputs=2, in_channels=3, weights=str(path), normalisation=RGB, image_size_px=image_size_px, seed=0
+        "tiny_vit",
+        num_outputs=2,
+        in_channels=3,
+        weights=str(path),
+        normalisation=RGB,
+        image_size_px=image_size_px,
+        seed=0,
     )
 
 
@@ -401,7 +407,9 @@ def test_positions_of_another_size_are_interpolated_and_the_token_is_kept(
 
 def test_positions_of_another_width_are_a_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(given_tensors() | {"position": torch.zeros(1, 26, 6)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"1 tensors of another shape \(position \[1, 26, 6\] instead of \[1, 10, 5\]\)"):
+    with pytest.raises(
+        UserError, match=r"1 tensors of another shape \(position \[1, 26, 6\] instead of \[1, 10, 5\]\)"
+    ):
         create_positioned(path, 12, monkeypatch)
 
 
@@ -433,11 +441,18 @@ def test_published_files_with_other_names_fit(
     monkeypatch.undo()  # the real table
     path = saved(zeros_on_meta(backbone, rename) | extra, tmp_path / "w.pth")
     created = create_model(
-        backbone, num_outputs=2, in_channels=1, weights=str(path), normalisation=native_normalisation(spec(backbone), 1), seed=0
+        backbone,
+        num_outputs=2,
+        in_channels=1,
+        weights=str(path),
+        normalisation=native_normalisation(spec(backbone), 1),
+        seed=0,
     )
     path.unlink()
     assert remark in created.message
-    body = {name: tensor for name, tensor in created.model.named_parameters() if not name.startswith(spec(backbone).head)}
+    body = {
+        name: tensor for name, tensor in created.model.named_parameters() if not name.startswith(spec(backbone).head)
+    }
     assert not any(tensor.count_nonzero() for tensor in body.values())
 
 
