@@ -46,11 +46,14 @@ def split(model: nn.Module, spec: BackboneSpec, frozen_depth: int | str) -> Spli
         return Split(lambda images: images, model)
     graph = _outline(model, spec)
     inside = _prefix_nodes(model, spec, graph, depth)
-    crossing = _crossing(graph, inside)
-    if len(crossing) != 1:
+    crossing, behind = _crossing(graph, inside), _behind(spec, graph, inside, depth)
+    if len(crossing) != 1 or behind:
+        reason = (
+            f"{', '.join(behind[:4])} comes after what is not" if behind else f"{len(crossing)} values pass to the rest"
+        )
         raise UserError(
-            f"{spec.name} cannot be cut after stage {depth}: {len(crossing)} values pass to the rest "
-            f"({', '.join(node.name for node in crossing[:4])}); the prefix cache needs one, use another frozen_depth"
+            f"{spec.name} cannot be cut after stage {depth}: {reason}; the prefix cache needs frozen layers first and one "
+            "tensor after them, use another frozen_depth"
         )
     prefix = fx.Interpreter(model, graph=_part(graph, inside, None, crossing[0]))
     suffix = fx.Interpreter(model, graph=_part(graph, set(graph.nodes) - inside, crossing[0], None))
@@ -63,8 +66,11 @@ def separable(model: nn.Module, spec: BackboneSpec) -> bool:
         graph = _outline(model, spec)
     except UserError:
         return False
-    depths = range(1, spec.num_stages + 1)
-    return all(len(_crossing(graph, _prefix_nodes(model, spec, graph, depth))) == 1 for depth in depths)
+    for depth in range(1, spec.num_stages + 1):
+        inside = _prefix_nodes(model, spec, graph, depth)
+        if len(_crossing(graph, inside)) != 1 or _behind(spec, graph, inside, depth):
+            return False
+    return True
 
 
 class _Outliner(fx.Tracer):
@@ -120,6 +126,13 @@ def _crossing(graph: fx.Graph, inside: set[fx.Node]) -> list[fx.Node]:
     """Prefix nodes whose value the rest uses; what each part can fetch for itself does not count."""
     passing = (node for node in graph.nodes if node in inside and not _on_hand(node))
     return [node for node in passing if any(user not in inside for user in node.users)]
+
+
+def _behind(spec: BackboneSpec, graph: fx.Graph, inside: set[fx.Node], depth: int) -> list[str]:
+    """Frozen modules that depend on something which is not frozen, or on chance."""
+    frozen = [name for stage in spec.stages[:depth] for name in stage]
+    outside = (str(node.target) for node in graph.nodes if node.op == "call_module" and node not in inside)
+    return [name for name in outside if has_prefix(name, frozen)]
 
 
 def _on_hand(node: fx.Node) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
+from shard_sets import write_set
 from torch import Tensor, nn
 
+from medtl_dist.config import load_config
 from medtl_dist.models.backbones import create_model, native_normalisation, spec
 from medtl_dist.models.folding import fold_frozen
 from medtl_dist.models.freezing import freeze
 from medtl_dist.models.split import split
+from medtl_dist.train.setup import create_network
 
 
 def learned(name: str, *, in_channels: int = 3, size: int = 64) -> nn.Module:
@@ -106,6 +110,18 @@ def test_saved_tensors_know_nothing_of_folding() -> None:
         assert not torch.equal(other(images_of(model, 1)), folded)
         other.load_state_dict(load(before))  # after a first pass: what was folded then must not stay
         assert torch.equal(other(images_of(model, 1)), folded)
+
+
+def test_the_config_folds_and_builds_for_the_images_size(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", {"train": [4], "val": [4]})
+    overrides = ["model.weights=random", "model.frozen_depth=2", "model.fold_frozen=true", "data.image_size_px=64"]
+    for backbone, remark in (("resnet18", "5 frozen norms folded"), ("vit_b_32", "0 frozen norms folded")):
+        config = load_config(overrides=[*overrides, f"model.backbone={backbone}"])
+        network = create_network(config, dataset, device=torch.device("cpu"), rank=0)
+        assert remark in network.message
+        with torch.no_grad():
+            outputs = network.model.eval()(torch.zeros(1, dataset.channels, 64, 64))
+        assert outputs.shape == (1, len(dataset.classes))
 
 
 def test_a_copy_folds_on_its_own() -> None:
