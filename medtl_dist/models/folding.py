@@ -61,7 +61,9 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor) -> Tenso
 
 def _without_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     """In place of ``norm.forward``: nothing, or what timm's norm does after normalising."""
-    return norm.act(norm.drop(images)) if _has_activation(norm) else images
+    if not _has_activation(norm):
+        return images
+    return norm.get_submodule("act")(norm.get_submodule("drop")(images))
 
 
 def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

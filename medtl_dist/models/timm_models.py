@@ -75,7 +75,7 @@ def _build(name: str, image_size_px: int | None = None) -> nn.Module:
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         meant = f"did you mean {', '.join(f'timm/{one}' for one in close)}?" if close else "see timm.list_models()"
         raise UserError(f"model.backbone: timm has no model '{name}'; {meant}")
-    size = {} if image_size_px is None else {"img_size": image_size_px}
+    size: dict[str, Any] = {} if image_size_px is None else {"img_size": image_size_px}
     try:
         return timm.create_model(name, pretrained=False, num_classes=1000, **size)
     except RuntimeError as error:  # an unknown tag of weights, mostly

@@ -177,6 +177,21 @@ def test_training_keeps_activations_of_the_suffix_only(small: tuple[str, nn.Modu
         assert saved_bytes(model, images) == saved_bytes(parts.suffix, boundary) > 0
 
 
+def test_dropout_before_the_head_stays_with_the_head() -> None:
+    name = "efficientnet_b0"
+    model, backbone = small_model(name), spec(name)
+    freeze(model, backbone, "all")
+    model.train()
+    parts = split(model, backbone, "all")
+    boundaries, logits = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        boundaries.append(parts.prefix(inputs(name)))
+        logits.append(parts.suffix(boundaries[0]).detach())
+    assert torch.equal(*boundaries)
+    assert not torch.equal(*logits)
+
+
 def depths_of(backbone: BackboneSpec) -> Sequence[int]:
     """Every depth; of a transformer's dozen equal layers the first, one in the middle and the last."""
     last = backbone.num_stages
