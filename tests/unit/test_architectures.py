@@ -178,7 +178,7 @@ def test_training_keeps_activations_of_the_suffix_only(small: tuple[str, nn.Modu
 
 
 def test_dropout_before_the_head_stays_with_the_head() -> None:
-    name = "efficientnet_b0"
+    name = "inception_v3"
     model, backbone = small_model(name), spec(name)
     freeze(model, backbone, "all")
     model.train()
