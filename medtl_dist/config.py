@@ -171,11 +171,17 @@ class Augment(_Section):
 
 
 class Model(_Section):
-    backbone: str = Field(default="resnet101", description="Name of a registered network.")
+    backbone: str = Field(
+        default="resnet101", description="Name of a network (`medtl models` lists them), or timm/NAME."
+    )
     weights: str = Field(default="imagenet", description="imagenet, random, or a .pth or .safetensors file.")
     frozen_depth: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         default=0,
         description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head.",
+    )
+    fold_frozen: bool = Field(
+        default=False,
+        description="Compute frozen convolutions with their BatchNorm folded in; in bf16 features change by some percent.",
     )
     zero_init_residual: bool = Field(
         default=False, description="Start residual branches at zero; for random weights only."

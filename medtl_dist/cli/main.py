@@ -12,6 +12,7 @@ from medtl_dist import __version__
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
+from medtl_dist.cli.models import models
 from medtl_dist.cli.report import report
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
@@ -34,6 +35,7 @@ app.command()(evaluate)
 app.command()(report)
 app.command()(status)
 app.command()(demo)
+app.command()(models)
 
 
 @app.callback(invoke_without_command=True)

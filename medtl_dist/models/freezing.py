@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from medtl_dist.errors import UserError
-from medtl_dist.models.registry import BackboneSpec, has_prefix
+from medtl_dist.models.spec import BackboneSpec, has_prefix
 
 
 class ParameterCount(NamedTuple):
@@ -25,12 +25,21 @@ def resolve_depth(spec: BackboneSpec, frozen_depth: int | str) -> int:
     if frozen_depth == "all":
         return spec.num_stages
     if isinstance(frozen_depth, bool) or not isinstance(frozen_depth, int) or not 0 <= frozen_depth <= spec.num_stages:
-        stages = ", ".join(f"{number} = {' + '.join(stage)}" for number, stage in enumerate(spec.stages, start=1))
+        if spec.num_stages == 1:
+            raise UserError(
+                f"model.frozen_depth: {frozen_depth!r} is not a depth of {spec.name}, whose layers could not be told apart; "
+                'give 0 (nothing frozen) or "all" (everything but the head)'
+            )
+        stages = ", ".join(f"{number} = {_named(stage)}" for number, stage in enumerate(spec.stages, start=1))
         raise UserError(
             f"model.frozen_depth: {frozen_depth!r} is not a depth of {spec.name}; give 0 (nothing frozen) to "
             f'{spec.num_stages} or "all" (everything but the head). Each depth adds a stage: {stages}'
         )
     return frozen_depth
+
+
+def _named(stage: tuple[str, ...]) -> str:
+    return " + ".join(stage) if len(stage) <= 3 else f"{stage[0]} + … + {stage[-1]}"
 
 
 def freeze(model: nn.Module, spec: BackboneSpec, frozen_depth: int | str) -> None:

@@ -24,26 +24,37 @@ class GreyConv2d(nn.Conv2d):
     """``conv(weight, x) + conv(offset, ones)`` for x float [batch, 1, height, width], zero-padded.
 
     Parameters: ``weight`` and ``offset``, each [out_channels, 1, kernel, kernel]; ``bias`` if the original had one.
+    With ``tensorflow_padding`` the padding follows the input's size, as in networks that were trained in TensorFlow.
     """
 
     offset: nn.Parameter
+    tensorflow_padding: bool = False
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is nn.Conv2d's)
         # One convolution over two channels: half the time of two convolutions forward and backward (CPU, 224 px).
+        return self.forward_with(input, torch.cat([self.weight, self.offset], dim=1), self.bias)
+
+    def forward_with(self, input: Tensor, both_weights: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        """The same with ``both_weights`` [out_channels, 2, kernel, kernel], weight and offset, given from outside."""
         both = torch.cat([input, torch.ones_like(input)], dim=1)
-        return self._conv_forward(both, torch.cat([self.weight, self.offset], dim=1), self.bias)
+        if self.tensorflow_padding:
+            both = nn.functional.pad(both, tensorflow_padding(both, self))
+        return self._conv_forward(both, both_weights, bias)
 
 
 def grey_conv(conv: nn.Conv2d, rgb: Normalisation, grey: Normalisation) -> GreyConv2d:
     """A grey twin of the RGB convolution ``conv``, in its dtype and on its device; ``conv`` is left unchanged.
 
     Args:
-        conv: 3 input channels, 1 group, zero padding.
+        conv: 3 input channels, 1 group, zero padding; a plain convolution, or timm's with TensorFlow's padding.
         rgb: what the three replicated channels would have been normalised with.
         grey: what the one channel is normalised with.
     """
     if conv.in_channels != 3 or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ValueError(f"the first convolution must have 3 input channels, 1 group and zero padding, not {conv}")
+    same = pads_like_tensorflow(conv)
+    if type(conv) is not nn.Conv2d and not same:  # it may do more with its weights than convolve
+        raise ValueError(f"the first convolution must be a plain nn.Conv2d, not {type(conv).__name__}")
     weight, offset = grey_from_rgb(conv.weight.detach(), rgb, grey)
     # nn.Module's own constructor would draw (and throw away) random numbers; on "meta" it draws none.
     twin = GreyConv2d(
@@ -56,6 +67,7 @@ def grey_conv(conv: nn.Conv2d, rgb: Normalisation, grey: Normalisation) -> GreyC
         bias=conv.bias is not None,
         device="meta",
     )
+    twin.tensorflow_padding = same
     twin.weight = nn.Parameter(weight)
     twin.offset = nn.Parameter(offset)
     if conv.bias is not None:
@@ -90,6 +102,22 @@ def rgb_from_grey(weight: Tensor, offset: Tensor, rgb: Normalisation, grey: Norm
         rest = wide_offset - (equal_shares * distance).sum(dim=1, keepdim=True)
         equal_shares = equal_shares + rest * centred / spread
     return (equal_shares * std).to(weight.dtype)
+
+
+def pads_like_tensorflow(conv: nn.Conv2d) -> bool:
+    """Whether ``conv`` is timm's convolution with TensorFlow's padding (told by its name: timm need not be installed)."""
+    return type(conv).__name__ == "Conv2dSame"
+
+
+def tensorflow_padding(images: Tensor, conv: nn.Conv2d) -> list[int]:
+    """(left, right, top, bottom) so that the output has ceil(size / stride) pixels; an odd one goes right and below."""
+    padding: list[int] = []
+    for axis in (1, 0):
+        size, stride = images.shape[2 + axis], conv.stride[axis]
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        total = max((-(-size // stride) - 1) * stride + reach - size, 0)
+        padding += [total // 2, total - total // 2]
+    return padding
 
 
 def _per_channel(rgb: Normalisation, like: Tensor) -> tuple[Tensor, Tensor]:

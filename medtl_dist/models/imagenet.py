@@ -25,6 +25,7 @@ from medtl_dist.models import registry
 from medtl_dist.models.registry import BackboneSpec
 
 ANSWER_TIMEOUT_S = 8.0  # until the server answers, name look-up included
+HUB_FILE = "model.safetensors"
 READ_TIMEOUT_S = 20.0  # without a byte arriving
 
 
@@ -34,9 +35,19 @@ def imagenet_file(spec: BackboneSpec) -> Path:
     The cache is torchvision's own (``TORCH_HOME``, by default ``~/.cache/torch``); a file counts when its sha256 is
     the one in its name.
 
+    For ``timm/NAME`` it is the file that timm publishes on the Hugging Face hub, in that hub's own cache, or else the
+    one at the model's address.
+
     Raises:
         UserError: neither cached nor to be had; the message names the file and how to pass it.
     """
+    if spec.hub is not None:
+        return _hub_file(spec, spec.hub)
+    if not spec.weights_urls or not spec.weights_urls[0].endswith((".pth", ".safetensors")):
+        raise UserError(
+            f"model.weights: {spec.name} has no published weights that can be read here; give a .pth or .safetensors "
+            "file, or train from scratch with --set model.weights=random"
+        )
     url = spec.weights_urls[0]
     name = _file_name(url)
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -50,6 +61,26 @@ def imagenet_file(spec: BackboneSpec) -> Path:
             "or train from scratch with --set model.weights=random"
         ) from None
     return path
+
+
+def _hub_file(spec: BackboneSpec, hub: str) -> Path:
+    import huggingface_hub  # timm's own dependency
+
+    repository, _, revision = hub.partition("@")
+    try:
+        # The cache first: it needs no answer from anywhere.
+        cached = huggingface_hub.try_to_load_from_cache(repository, HUB_FILE, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+        address = huggingface_hub.hf_hub_url(repository, HUB_FILE, revision=revision or None)
+        _open_url(address).close()  # is there a network? without one the hub's client tries for 25 s
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE, revision=revision or None))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(
+            f"model.weights: the weights of {spec.name} could not be fetched from https://huggingface.co/{repository} "
+            f"({_reason(error)}); fetch its {HUB_FILE} where there is a network and give "
+            f"--set model.weights=/path/to/{HUB_FILE}, or train from scratch with --set model.weights=random"
+        ) from None
 
 
 def imagenet_file_names() -> set[str]:

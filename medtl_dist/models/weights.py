@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from medtl_dist.errors import UserError
 from medtl_dist.models import registry
 from medtl_dist.models.grey import grey_from_rgb, rgb_from_grey
-from medtl_dist.models.imagenet import imagenet_file, imagenet_file_names, sha256_of, sha256_start
+from medtl_dist.models.imagenet import HUB_FILE, imagenet_file, imagenet_file_names, sha256_of, sha256_start
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, has_prefix
 
@@ -53,7 +54,8 @@ def find_weights(weights: str, spec: BackboneSpec) -> WeightsFile | None:
         return None
     if weights == "imagenet":
         path = imagenet_file(spec)
-        return WeightsFile(path, sha256_of(path), f"ImageNet weights {path.name}")
+        name = spec.hub if spec.hub and path.name == HUB_FILE else path.name
+        return WeightsFile(path, sha256_of(path), f"ImageNet weights {name}")
     path = Path(weights).expanduser()
     if path.is_dir():
         raise UserError(f"model.weights: {path} is a folder; give the .safetensors or .pth file in it")
@@ -82,7 +84,8 @@ def load_weights(
     The file holds a state dict: plain, inside "state_dict", "model_state_dict" or "model", and with or without a
     prefix such as "module.". Its first convolution may be RGB or grey, whatever the model's is; ``rgb`` and ``grey``
     are the normalisations that take one to the other. A head with another number of outputs, or none, leaves the
-    model's new head. Every other tensor has to be there with the model's shape, and no more.
+    model's new head. Position embeddings of another input size are interpolated; an auxiliary head is left out. Every
+    other tensor has to be there with the model's shape, and no more.
 
     Raises:
         UserError: unreadable or unsafe file, missing, unknown or differently shaped tensors (the first few are named,
@@ -90,7 +93,9 @@ def load_weights(
     """
     expected: dict[str, Tensor] = model.state_dict()
     tensors = _without_prefix(read_tensors(file.path), expected)
-    remarks = _fit_first_conv(tensors, expected, spec, rgb, grey) + _fit_head(tensors, expected, spec)
+    tensors, remarks = _present_names(tensors, spec)
+    remarks += _fit_first_conv(tensors, expected, spec, rgb, grey)
+    remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec)
     for name, tensor in expected.items():  # not used here; missing in files of old PyTorch versions, float in others
         if name.endswith("num_batches_tracked"):
             tensors[name] = tensors.get(name, tensor).to(tensor.dtype)
@@ -156,6 +161,38 @@ def _without_prefix(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) 
         if len(first) != 1 or first <= own or not all("." in name for name in tensors):
             return tensors
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+
+def _present_names(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the names of today, without the parts that the model does not have."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        present = name
+        for pattern, replacement in spec.renames:
+            present = re.sub(pattern, replacement, present)
+        renamed[present] = tensor
+    kept = {name: tensor for name, tensor in renamed.items() if not has_prefix(name, spec.left_out)}
+    return kept, [f"left out {', '.join(spec.left_out)}"] if len(kept) < len(renamed) else []
+
+
+def _fit_position(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], spec: BackboneSpec) -> list[str]:
+    """Resize, in place, the file's square grid of learned positions to the model's; class tokens keep theirs.
+
+    Bicubic, corners not aligned, as torchvision and timm do it (Dosovitskiy et al. 2021, section 3.2).
+    """
+    name = spec.position
+    given = tensors.get(name) if name else None
+    if name is None or given is None or given.ndim != 3 or not given.is_floating_point():
+        return []
+    wanted = expected[name]
+    old, new = math.isqrt(given.shape[1]), math.isqrt(wanted.shape[1])
+    num_tokens = given.shape[1] - old**2
+    if given.shape == wanted.shape or given.shape[2] != wanted.shape[2] or num_tokens != wanted.shape[1] - new**2:
+        return []
+    grid = given[:, num_tokens:].to(wanted.dtype).transpose(1, 2).unflatten(2, (old, old))
+    resized = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    tensors[name] = torch.cat([given[:, :num_tokens].to(wanted.dtype), resized.flatten(2).transpose(1, 2)], dim=1)
+    return [f"positions interpolated from {old}x{old} to {new}x{new} patches"]
 
 
 def _fit_first_conv(
@@ -225,11 +262,11 @@ def _refuse_misfits(
         )
         if found
     ]
-    fitting = _backbone_of(tensors)
+    fitting = _backbone_of({name: tensor for name, tensor in tensors.items() if not has_prefix(name, [spec.head])})
     advice = (
         f"they are {fitting} weights: set model.backbone={fitting}"
         if fitting and fitting != spec.name
-        else f"give weights with torchvision's tensor names for {spec.name}, or another model.backbone"
+        else f"give weights with {_maker(spec)}'s tensor names for {spec.name}, or another model.backbone"
     )
     raise UserError(f"model.weights: {path} does not fit {spec.name}: {', '.join(parts)}; {advice}")
 
@@ -238,17 +275,25 @@ def _backbone_of(tensors: Mapping[str, Tensor]) -> str | None:
     """The backbone whose tensors these are, heads and first convolutions aside."""
 
     def body(named: Mapping[str, Tensor], candidate: BackboneSpec) -> dict[str, torch.Size]:
-        aside = [candidate.head, candidate.first_conv]
+        aside = [candidate.head, candidate.first_conv, *([candidate.position] if candidate.position else [])]
         names = [name for name in named if not has_prefix(name, aside) and not name.endswith("num_batches_tracked")]
         return {name: named[name].shape for name in names}
 
     for name in registry.names():
         candidate = registry.spec(name)
+        given, _ = _present_names(tensors, candidate)
+        # Only a family whose stages the file has is worth building: all of them would take seconds.
+        if not all(any(has_prefix(one, stage) for one in given) for stage in candidate.stages):
+            continue
         with torch.device("meta"):
             shapes = candidate.build().state_dict()
-        if body(shapes, candidate) == body(tensors, candidate):
+        if body(shapes, candidate) == body(given, candidate):
             return name
     return None
+
+
+def _maker(spec: BackboneSpec) -> str:
+    return "timm" if spec.name.startswith(registry.TIMM) else "torchvision"
 
 
 def _shape(tensor: Tensor) -> str:

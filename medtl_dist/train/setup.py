@@ -16,6 +16,7 @@ from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
 from medtl_dist.errors import MedtlError, UserError
 from medtl_dist.models.backbones import create_model
+from medtl_dist.models.folding import fold_frozen
 from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
@@ -110,6 +111,7 @@ def create_network(
             weights=config.model.weights if rank == 0 and load_weights else "random",
             normalisation=normalisation,
             zero_init_residual=config.model.zero_init_residual,
+            image_size_px=config.data.image_size_px,
             seed=config.train.seed,
         )
     except MedtlError as error:
@@ -123,7 +125,9 @@ def create_network(
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if collectives.active():
         broadcast_state(model)
-    message, weights, digest = collectives.from_rank_0((created.message, created.weights, created.weights_sha256))
+    num_folded = fold_frozen(model, backbone, depth) if config.model.fold_frozen else None
+    message = created.message if num_folded is None else f"{created.message}; {num_folded} frozen norms folded"
+    message, weights, digest = collectives.from_rank_0((message, created.weights, created.weights_sha256))
     return Network(
         model=model,
         spec=backbone,

@@ -5,15 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 from torchvision.models import get_model
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medtl_dist.errors import UserError
-from medtl_dist.models.backbones import Created, create_model, names, native_normalisation, spec
+from medtl_dist.models.backbones import Created, check_image_size, create_model, names, native_normalisation, spec
 from medtl_dist.models.grey import GreyConv2d
 from medtl_dist.models.normalise import Normalisation
-from medtl_dist.models.registry import has_prefix
+from medtl_dist.models.spec import has_prefix
 
 GREY = native_normalisation(spec("resnet18"), 1)
 RGB = native_normalisation(spec("resnet18"), 3)
@@ -33,39 +31,20 @@ def create(
     )
 
 
-def test_the_five_resnets_are_there() -> None:
-    assert names() == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-
-
-@pytest.mark.parametrize("name", names())
-def test_stages_and_head_hold_every_tensor_once(name: str) -> None:
-    backbone = spec(name)
-    with torch.device("meta"):
-        model = backbone.build()
-    parts = [*backbone.stages, (backbone.head,)]
-    for tensor in model.state_dict():
-        assert sum(has_prefix(tensor, part) for part in parts) == 1, tensor
-    modules = dict(model.named_modules())
-    assert all(prefix in modules for part in parts for prefix in part)
-    assert backbone.num_stages == 5
-
-
-@pytest.mark.parametrize("name", names())
-def test_the_table_describes_the_torchvision_model(name: str) -> None:
-    backbone = spec(name)
-    with torch.device("meta"):
-        model = backbone.build()
-    head, first_conv = model.get_submodule(backbone.head), model.get_submodule(backbone.first_conv)
-    assert isinstance(head, nn.Linear)
-    assert head.in_features == backbone.feature_dim
-    assert isinstance(first_conv, nn.Conv2d)
-    assert first_conv.in_channels == 3
-    last_norms = {
-        f"{key}.bn{2 if isinstance(block, BasicBlock) else 3}"
-        for key, block in model.named_modules()
-        if isinstance(block, BasicBlock | Bottleneck)
+def test_the_families_are_there() -> None:
+    number = Counter(name.split("_")[0].rstrip("0123456789") for name in names())
+    assert number == {
+        "alexnet": 1,
+        "vgg": 8,
+        "resnet": 5,
+        "wide": 2,
+        "resnext": 3,
+        "inception": 1,
+        "densenet": 4,
+        "efficientnet": 11,
+        "convnext": 4,
+        "vit": 5,
     }
-    assert set(backbone.zero_init) == last_norms
 
 
 def test_a_prefix_ends_at_a_dot() -> None:
@@ -85,7 +64,9 @@ def test_specs_are_picklable() -> None:
 
 
 def test_an_unknown_backbone_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown backbone 'resnet20'; choose one of: resnet18, .*resnet152$"):
+    with pytest.raises(
+        UserError, match=r"unknown backbone 'resnet20' \(did you mean resnet\d+\?\); .*resnet18, .*timm/NAME$"
+    ):
         spec("resnet20")
 
 
@@ -165,6 +146,30 @@ def test_zero_init_of_given_weights_is_refused() -> None:
             zero_init_residual=True,
             seed=0,
         )
+
+
+def test_zero_init_without_residual_branches_is_refused() -> None:
+    with pytest.raises(UserError, match=r"zero_init_residual=true goes with the ResNets, not with alexnet"):
+        create("alexnet", zero_init=True)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "told"),
+    [
+        ("inception_v3", 48, r"data\.image_size_px=48 is nothing that inception_v3 can take .* own size is 299$"),
+        ("vit_b_16", 100, r"own size is 224, a multiple of 16$"),
+    ],
+)
+def test_images_of_an_impossible_size_are_refused(backbone: str, size: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        check_image_size(spec(backbone), size)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("resnet18", 32), ("resnet18", 999), ("inception_v3", 75), ("vit_b_32", 64)]
+)
+def test_images_of_a_possible_size_pass(backbone: str, size: int) -> None:
+    check_image_size(spec(backbone), size)
 
 
 def test_channels_that_contradict_the_normalisation_are_refused() -> None:

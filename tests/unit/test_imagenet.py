@@ -138,3 +138,45 @@ def test_the_hash_is_read_from_torchvision_names() -> None:
     assert sha256_start("resnet101-cd907fc2.pth") == "cd907fc2"
     assert sha256_start("mine.pth") == ""
     assert all(sha256_start(name) for name in imagenet_file_names())
+
+
+def hub_spec() -> BackboneSpec:
+    return replace(spec("resnet18"), name="timm/some", hub="timm/some.in1k", weights_urls=())
+
+
+def test_timm_weights_come_from_the_hubs_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="timm is not installed")
+    (tmp_path / "model.safetensors").write_bytes(CONTENT)
+    asked: list[tuple[str, str]] = []
+
+    def cached(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name))
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    found = find_weights("imagenet", hub_spec())
+    assert found is not None
+    assert asked == [("timm/some.in1k", "model.safetensors")]
+    assert found.sha256 == hashlib.sha256(CONTENT).hexdigest()
+    assert found.label == "ImageNet weights timm/some.in1k"
+
+
+def test_timm_weights_without_a_network_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="timm is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: f"http://127.0.0.1:{port}/x")
+    with pytest.raises(
+        UserError,
+        match=r"weights of timm/some could not be fetched from https://huggingface\.co/timm/some\.in1k .*refused",
+    ) as caught:
+        imagenet_file(hub_spec())
+    assert "--set model.weights=/path/to/model.safetensors" in caught.value.message
+
+
+def test_a_model_without_published_weights_says_so() -> None:
+    with pytest.raises(UserError, match=r"timm/some has no published weights that can be read here"):
+        imagenet_file(replace(hub_spec(), hub=None, weights_urls=("https://example.invalid/w.npz",)))

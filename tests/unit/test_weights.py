@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from medtl_dist.errors import UserError
 from medtl_dist.models import registry
 from medtl_dist.models.backbones import Created, create_model, native_normalisation, spec
+from medtl_dist.models.families import torchvision_backbones
 from medtl_dist.models.imagenet import sha256_of
 from medtl_dist.models.normalise import Normalisation, normalise
 from medtl_dist.models.registry import BackboneSpec
-from medtl_dist.models.weights import find_weights, read_tensors
+from medtl_dist.models.weights import _present_names, find_weights, read_tensors
 
 GREY = native_normalisation(spec("resnet18"), 1)
 RGB = native_normalisation(spec("resnet18"), 3)
@@ -355,3 +357,117 @@ def test_a_torchvision_file_name_promises_its_content(tmp_path: Path) -> None:
 
 def test_random_weights_need_no_file() -> None:
     assert find_weights("random", TINY) is None
+
+
+class TinyTransformer(Tiny):
+    """With learned positions of a 3x3 grid and one class token, built for a given size."""
+
+    def __init__(self, image_size_px: int = 12) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 1 + (image_size_px // 4) ** 2, 5))
+
+
+POSITIONED = replace(
+    TINY, name="tiny_vit", build=TinyTransformer, stages=(("stem", "norm", "position"), ("body",)), image_size_px=12,
+    patch_px=4, position="position",
+)  # fmt: skip
+
+
+def create_positioned(path: Path, image_size_px: int, monkeypatch: pytest.MonkeyPatch) -> Created:
+    monkeypatch.setattr(registry, "_BACKBONES", {"tiny_vit": POSITIONED})
+    return create_model(
+        "tiny_vit",
+        num_outputs=2,
+        in_channels=3,
+        weights=str(path),
+        normalisation=RGB,
+        image_size_px=image_size_px,
+        seed=0,
+    )
+
+
+def test_positions_of_another_size_are_interpolated_and_the_token_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ramp = torch.arange(3.0).view(3, 1, 1).expand(3, 3, 5).reshape(1, 9, 5)  # the row of each patch
+    tensors = given_tensors() | {"position": torch.cat([torch.full((1, 1, 5), 7.0), ramp], dim=1)}
+    path = saved(tensors, tmp_path / "w.pth")
+    same = create_positioned(path, 12, monkeypatch)
+    assert torch.equal(same.model.get_parameter("position"), tensors["position"])
+    assert "interpolated" not in same.message
+    larger = create_positioned(path, 24, monkeypatch)
+    assert "positions interpolated from 3x3 to 6x6 patches" in larger.message
+    position = larger.model.get_parameter("position").detach()
+    assert torch.equal(position[:, 0], torch.full((1, 5), 7.0))
+    grid = position[0, 1:].view(6, 6, 5)
+    assert torch.allclose(grid, grid[:, :1].expand(6, 6, 5), atol=1e-6)  # rows stay rows
+    assert grid[:, 0, 0].diff().min() > 0
+    assert grid.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_positions_of_another_width_are_a_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(given_tensors() | {"position": torch.zeros(1, 26, 6)}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"1 tensors of another shape \(position \[1, 26, 6\] instead of \[1, 10, 5\]\)"
+    ):
+        create_positioned(path, 12, monkeypatch)
+
+
+def zeros_on_meta(backbone: str, rename: tuple[str, str] | None = None) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = spec(backbone).build_for(None).state_dict()
+    pattern, replacement = rename or ("$^", "")
+    return {
+        re.sub(pattern, replacement, name): torch.zeros(tensor.shape, dtype=torch.bfloat16)
+        for name, tensor in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("backbone", "rename", "extra", "remark"),
+    [  # as the published files have them
+        ("densenet121", (r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2."), {}, "densenet121: weights file"),
+        ("inception_v3", None, {"AuxLogits.fc.weight": torch.zeros(1000, 768)}, "left out AuxLogits"),
+    ],
+)
+def test_published_files_with_other_names_fit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    rename: tuple[str, str] | None,
+    extra: dict[str, Tensor],
+    remark: str,
+) -> None:
+    monkeypatch.undo()  # the real table
+    path = saved(zeros_on_meta(backbone, rename) | extra, tmp_path / "w.pth")
+    created = create_model(
+        backbone,
+        num_outputs=2,
+        in_channels=1,
+        weights=str(path),
+        normalisation=native_normalisation(spec(backbone), 1),
+        seed=0,
+    )
+    path.unlink()
+    assert remark in created.message
+    body = {
+        name: tensor for name, tensor in created.model.named_parameters() if not name.startswith(spec(backbone).head)
+    }
+    assert not any(tensor.count_nonzero() for tensor in body.values())
+
+
+def test_published_transformers_have_other_names_inside_their_layers() -> None:
+    renamed, remarks = _present_names(
+        {"encoder.layers.encoder_layer_3.mlp.linear_1.weight": torch.zeros(1), "x.mlp.linear_2.bias": torch.zeros(1)},
+        next(one for one in torchvision_backbones() if one.name == "vit_b_16"),
+    )
+    assert list(renamed) == ["encoder.layers.encoder_layer_3.mlp.0.weight", "x.mlp.3.bias"]
+    assert remarks == []
+
+
+def test_weights_of_another_family_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real table
+    path = saved(zeros_on_meta("efficientnet_b0"), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"they are efficientnet_b0 weights: set model\.backbone=efficientnet_b0$"):
+        create_model("resnet18", num_outputs=2, in_channels=3, weights=str(path), normalisation=RGB, seed=0)
+    path.unlink()
