@@ -1,0 +1,261 @@
+"""fingerprints ─► pairs worth a closer look: every image's nearest others, as they are, flipped, turned or negated.
+
+Images are compared by 48 numbers: the projection of their coefficients that best tells images apart in spite of
+cropping (Fisher's linear discriminant, between the set's images and within simulated crops of one image). What chest
+X-rays have in common drops out with the mean, and so do its shifts, which a plain hash takes for differences.
+
+Up to 8,192 images every pair is compared. Beyond that, images fall into about 2√n cells around centres (k-means), cells
+too full are halved until they hold at most 8√n, and each image looks into three cells per variant: O(n^1.5)
+operations, and memory for the records, the matches and one cell's scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medtl_dist.data.audit_align import Floats, align, crop_matrix, unpack
+from medtl_dist.data.fingerprint import COLUMNS, NUM_VARIANTS, ROWS, coefficients, variant_operator
+
+NUM_DIMENSIONS = 48
+MAX_ALL_PAIRS = 8192
+NEIGHBOURS = 6  # of each image that are aligned
+_LEAST_COSINE = 0.35
+_FIT_SAMPLE = 20_000
+_CROPS = 2000
+_MAX_CROP = 0.1
+_PROBES = 3
+_BLOCK = 1024
+
+Progress = Callable[[str, int, int], None]
+
+
+class Projection(NamedTuple):
+    """``mean``, ``scale`` float32 [135] of the coefficients; ``axes`` float32 [135, 48]."""
+
+    mean: Floats
+    scale: Floats
+    axes: Floats
+
+
+class Pairs(NamedTuple):
+    """Pairs of positions ``first < second``; ``variant``: of the second image, what makes it look like the first;
+    ``score``: agreement of the aligned records; ``crop``, ``inner``: see ``audit_align.Alignment``."""
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    variant: NDArray[np.int64]
+    score: Floats
+    crop: Floats
+    inner: NDArray[np.bool_]
+
+    def take(self, places: NDArray) -> Pairs:
+        """The pairs at the given places (positions or a mask)."""
+        return Pairs(*(column[places] for column in self))
+
+
+def fit_projection(records: NDArray[np.void], seed: int = 0) -> Projection:
+    """The discriminant from (a sample of) the set's own records."""
+    rng = np.random.default_rng(seed)
+    sample = rng.permutation(len(records))[:_FIT_SAMPLE]
+    coefs = coefficients(records[sample]).astype(np.float64)
+    mean = coefs.mean(axis=0)
+    between = _shrunk_covariance(coefs - mean)
+    chosen = rng.integers(len(coefs), size=_CROPS)
+    lost = rng.uniform(0, _MAX_CROP, (_CROPS, 2))
+    starts = lost * rng.uniform(0, 1, (_CROPS, 2))
+    matrices = unpack(coefs.astype(np.float32))
+    crops = np.empty((_CROPS, coefs.shape[1]))
+    for place, image in enumerate(chosen):
+        y, x = (crop_matrix(starts[place, axis], 1 - lost[place, axis]) for axis in (0, 1))
+        crops[place] = (y @ matrices[image] @ x.T)[ROWS, COLUMNS] - coefs[image]
+    within = crops.T @ crops / _CROPS + 0.1 * between
+    # Generalised eigenvectors of (between, within), by Cholesky.
+    lower = np.linalg.inv(np.linalg.cholesky(within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within))))
+    _, vectors = np.linalg.eigh(lower @ between @ lower.T)
+    axes = lower.T @ vectors[:, ::-1][:, :NUM_DIMENSIONS]
+    axes = axes / np.sqrt(np.einsum("ij,ik,kj->j", axes, between, axes))
+    scale = np.sqrt(np.diag(between))
+    return Projection(mean.astype(np.float32), scale.astype(np.float32), axes.astype(np.float32))
+
+
+def _shrunk_covariance(centred: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of few images the covariance is mostly chance: pulled towards one variance per frequency, u + v."""
+    variance = np.square(centred).mean(axis=0) + 1e-4
+    frequency = ROWS + COLUMNS
+    smooth = np.array([variance[frequency == frequency[place]].mean() for place in range(len(variance))])
+    weight = 300 / (300 + len(centred))
+    return (1 - weight) * (centred.T @ centred) / max(1, len(centred)) + weight * np.diag(smooth)
+
+
+def project(coefs: Floats, projection: Projection, variant: int = 0) -> Floats:
+    """Unit vectors float32 [n, 48] of the given variant of images."""
+    order, sign = variant_operator(variant)
+    vectors = (coefs[:, order] * sign - projection.mean) @ projection.axes
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+
+
+def find_pairs(
+    records: NDArray[np.void], projection: Projection, seed: int = 0, progress: Progress | None = None
+) -> Pairs:
+    """The aligned pairs of every image with its ``NEIGHBOURS`` nearest others, over all variants, each pair once."""
+    report = progress or (lambda stage, done, total: None)
+    if len(records) < 2:
+        nothing = np.zeros(0, np.int64)
+        return _aligned(records, projection, nothing, nothing, nothing)
+    coefs = coefficients(records)
+    least = _least_cosine(coefs, projection, seed)
+    search = _all_pairs if len(records) <= MAX_ALL_PAIRS else _in_cells
+    found = []
+    for variant, query, other, cosine in search(coefs, projection, least, seed):
+        found.append((query, other, np.full(len(query), variant, np.int8), cosine))
+        report("searching", min(variant + 1, NUM_VARIANTS), NUM_VARIANTS)
+    query, other, variant, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
+    keep = _nearest(query, cosine)
+    query, other, variant = query[keep].astype(np.int64), other[keep].astype(np.int64), variant[keep].astype(np.int64)
+    # The query was turned to look like the other: first is the one that stays.
+    swap = query < other
+    transposed = variant & 7
+    # Of the turns only the two quarter rotations (5, 6) are not their own inverse: they are each other's.
+    inverse = np.where(transposed == 5, variant + 1, np.where(transposed == 6, variant - 1, variant))
+    first, second = np.minimum(query, other), np.maximum(query, other)
+    variant = np.where(swap, inverse, variant)
+    _, once = np.unique((first * len(records) + second) * NUM_VARIANTS + variant, return_index=True)
+    return _best_variant(_aligned(records, projection, first[once], second[once], variant[once]))
+
+
+def _aligned(
+    records: NDArray[np.void],
+    projection: Projection,
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    variant: NDArray[np.int64],
+) -> Pairs:
+    operators = [variant_operator(number) for number in range(NUM_VARIANTS)]
+    orders, signs = (np.stack(column) for column in zip(*operators, strict=True))
+    parts = []
+    for start in range(0, len(first), 2**16):
+        piece = slice(start, start + 2**16)
+        turned = np.take_along_axis(coefficients(records[second[piece]]), orders[variant[piece]], axis=1)
+        turned *= signs[variant[piece]]
+        parts.append(align(coefficients(records[first[piece]]), turned, projection.mean, projection.scale))
+    if not parts:
+        empty = np.zeros((0, len(ROWS)), np.float32)
+        parts = [align(empty, empty, projection.mean, projection.scale)]
+    score, crop, inner = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Pairs(first, second, variant, score, crop, inner)
+
+
+def _best_variant(pairs: Pairs) -> Pairs:
+    """Of a pair found in several variants the one that agrees best; sorted by first, second."""
+    order = np.lexsort((pairs.variant, -pairs.score, pairs.second, pairs.first))
+    pairs = pairs.take(order)
+    new = np.ones(len(order), bool)
+    new[1:] = (np.diff(pairs.first) != 0) | (np.diff(pairs.second) != 0)
+    return pairs.take(new)
+
+
+def _nearest(query: NDArray, cosine: Floats) -> NDArray[np.int64]:
+    """Positions of each query's ``NEIGHBOURS`` largest cosines."""
+    order = np.lexsort((-cosine, query))
+    ranked = query[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    rank = np.arange(len(ranked)) - np.repeat(starts, np.diff(np.r_[starts, len(ranked)]))
+    return order[rank < NEIGHBOURS]
+
+
+def _least_cosine(coefs: Floats, projection: Projection, seed: int) -> float:
+    """The cosine that about ``2 * NEIGHBOURS`` others per image exceed, estimated from a sample; bounds memory."""
+    rng = np.random.default_rng([seed, 1])
+    some = rng.permutation(len(coefs))
+    queries, others = some[:256], some[:16_384]
+    vectors = project(coefs[others], projection)
+    cosines = [project(coefs[queries], projection, variant) @ vectors.T for variant in range(NUM_VARIANTS)]
+    share = 2 * NEIGHBOURS / (NUM_VARIANTS * len(coefs))
+    return max(_LEAST_COSINE, float(np.quantile(np.stack(cosines), max(0.0, 1 - share))))
+
+
+Found = tuple[int, NDArray[np.int32], NDArray[np.int32], Floats]
+
+
+def _all_pairs(coefs: Floats, projection: Projection, least: float, seed: int) -> Iterator[Found]:
+    """Every image in every variant against every other: ``(variant, queries, others, cosines)``."""
+    del seed
+    vectors = project(coefs, projection)
+    for variant in range(NUM_VARIANTS):
+        queries = project(coefs, projection, variant)
+        for start in range(0, len(queries), _BLOCK):
+            cosines = queries[start : start + _BLOCK] @ vectors.T
+            rows = np.arange(len(cosines))
+            cosines[rows, start + rows] = -1
+            place, other = np.nonzero(cosines >= least)
+            yield variant, (place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]
+
+
+def _in_cells(coefs: Floats, projection: Projection, least: float, seed: int) -> Iterator[Found]:
+    """As ``_all_pairs``, but each query meets only the images in its three nearest cells."""
+    vectors = project(coefs, projection)
+    members, centres = _cells(vectors, seed)
+    for variant in range(NUM_VARIANTS):
+        queries = vectors if variant == 0 else project(coefs, projection, variant)
+        nearest = _nearest_cells(queries, centres)
+        order = np.argsort(nearest, axis=None, kind="stable")
+        edges = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
+        for cell, inside in enumerate(members):
+            visitors = order[edges[cell] : edges[cell + 1]] // _PROBES
+            for start in range(0, len(visitors), 4 * _BLOCK):
+                some = visitors[start : start + 4 * _BLOCK]
+                cosines = queries[some] @ vectors[inside].T
+                place, column = np.nonzero(cosines >= least)
+                query, other = some[place].astype(np.int32), inside[column].astype(np.int32)
+                real = query != other
+                yield variant, query[real], other[real], cosines[place, column][real]
+
+
+def _nearest_cells(queries: Floats, centres: Floats) -> NDArray[np.int32]:
+    """int32 [n, 3]: the cells of each query, nearest first."""
+    nearest = np.empty((len(queries), _PROBES), np.int32)
+    for start in range(0, len(queries), 8 * _BLOCK):
+        cosines = queries[start : start + 8 * _BLOCK] @ centres.T
+        rows = np.arange(len(cosines))
+        for probe in range(_PROBES):
+            best = cosines.argmax(axis=1)
+            nearest[start : start + len(best), probe] = best
+            cosines[rows, best] = -np.inf
+    return nearest
+
+
+def _cells(vectors: Floats, seed: int) -> tuple[list[NDArray[np.int32]], Floats]:
+    """Members (sorted positions) and centre of every cell; none has more than ``8 √n`` members."""
+    rng = np.random.default_rng([seed, 2])
+    count = max(_PROBES, round(2 * math.sqrt(len(vectors))))
+    sample = vectors[rng.permutation(len(vectors))[: 32 * count]]
+    centres = sample[:count].copy()
+    for _ in range(4):
+        cell = _nearest_cells(sample, centres)[:, 0]
+        sums = np.zeros_like(centres)
+        np.add.at(sums, cell, sample)
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        centres = np.where(norms > 0, sums / np.maximum(norms, 1e-6), centres)
+    cell = _nearest_cells(vectors, centres)[:, 0]
+    order = np.argsort(cell, kind="stable").astype(np.int32)
+    edges = np.searchsorted(cell[order], np.arange(count + 1))
+    waiting = [order[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True) if high > low]
+    most = round(8 * math.sqrt(len(vectors)))
+    members: list[NDArray[np.int32]] = []
+    while waiting:
+        inside = waiting.pop()
+        if len(inside) <= most:
+            members.append(np.sort(inside))
+            continue
+        # A crowd (images that all look alike): halved along its widest direction, whatever that is.
+        crowd = vectors[inside]
+        along = np.argsort(crowd[:, crowd.var(axis=0).argmax()], kind="stable")
+        waiting += [inside[along[: len(along) // 2]], inside[along[len(along) // 2 :]]]
+    members.sort(key=lambda inside: int(inside[0]))
+    means = np.stack([vectors[inside].mean(axis=0) for inside in members])
+    return members, means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
