@@ -90,6 +90,7 @@ def pack(
           --group-col split+patient_id --split-col split --keep-col age --image-size 256
       medtl data pack pneumoniamnist.npz --out sets/pneumoniamnist
     """
+    from medtl_dist.data.audit import refuse_leaks
     from medtl_dist.data.pack import PackOptions
     from medtl_dist.data.pack import pack as run_pack
     from medtl_dist.data.sources import Columns
@@ -120,6 +121,7 @@ def pack(
     _print(dataset, as_json)
     if not as_json:
         typer.echo(f"{out}.private names files and patients: keep it apart from the set, and do not share it")
+    refuse_leaks(dataset, dataset.info["audit"])
 
 
 @app.command()

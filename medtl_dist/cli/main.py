@@ -9,6 +9,7 @@ import click
 import typer
 
 from medtl_dist import __version__
+from medtl_dist.cli.audit import audit
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.report import report
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.command()(train)
 app.command()(evaluate)

@@ -38,12 +38,13 @@ _MAX_COMPARED = 20_000
 @dataclass(frozen=True)
 class Audit:
     """The result. ``findings``: the gravest first. ``matches``: the confirmed and the candidate pairs. ``summary``:
-    counts, threshold and findings as ``dataset.json`` records them, examples capped at 100."""
+    counts, threshold and findings as ``dataset.json`` records them, items capped at 100. ``seen``: what was read."""
 
     findings: list[Finding]
     matches: list[Match]
     threshold: Threshold
     summary: dict[str, Any] = field(repr=False)
+    seen: Scan = field(repr=False)
 
     @property
     def leaks(self) -> int:
@@ -77,7 +78,7 @@ def audit(
     findings += outliers(seen)
     predictable, tried = shortcuts(seen)
     findings = sorted([*findings, *predictable], key=lambda finding: finding.rank)
-    return Audit(findings, matches, threshold, summary_of(seen, findings, matches, threshold, tried))
+    return Audit(findings, matches, threshold, summary_of(seen, findings, matches, threshold, tried), seen)
 
 
 def _num_cores() -> int:

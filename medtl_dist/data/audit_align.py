@@ -40,15 +40,16 @@ def _cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.cos(np.pi * points[..., None] * frequency) * scale
 
 
-def crop_matrix(start: float, extent: float) -> NDArray[np.float64]:
-    """R: the coefficients along one axis of the part [start, start + extent] of an image, stretched to its full side."""
-    return _cosines(_POINTS).T @ _cosines(start + extent * _POINTS)
+def crop_matrices(starts: NDArray[np.float64], extents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R [..., 16, 16]: the coefficients along one axis of the part [start, start + extent] of an image, stretched to
+    its full side."""
+    return _cosines(_POINTS).T @ _cosines(starts[..., None] + extents[..., None] * _POINTS)
 
 
 @functools.lru_cache(maxsize=1)
 def _tables() -> tuple[Floats, Floats, Floats]:
     """R at every start and extent [starts, extents, 16, 16]; derivatives of R at no crop by start and by extent."""
-    table = np.stack([[crop_matrix(start, extent) for extent in _EXTENTS] for start in _STARTS])
+    table = crop_matrices(_STARTS[:, None], _EXTENTS[None, :])
     frequency = np.arange(NUM_FREQUENCIES)
     scale = np.sqrt(2.0 / len(_POINTS))
     slope = -np.sin(np.pi * np.outer(_POINTS, frequency)) * np.pi * frequency * scale

@@ -11,6 +11,7 @@ operations, and memory for the records, the matches and one cell's scores.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medtl_dist.data.audit_align import Floats, align, crop_matrix, unpack
+from medtl_dist.data.audit_align import Floats, align, crop_matrices, unpack
 from medtl_dist.data.fingerprint import COLUMNS, NUM_VARIANTS, ROWS, coefficients, variant_operator
 
 NUM_DIMENSIONS = 48
@@ -68,11 +69,9 @@ def fit_projection(records: NDArray[np.void], seed: int = 0) -> Projection:
     chosen = rng.integers(len(coefs), size=_CROPS)
     lost = rng.uniform(0, _MAX_CROP, (_CROPS, 2))
     starts = lost * rng.uniform(0, 1, (_CROPS, 2))
-    matrices = unpack(coefs.astype(np.float32))
-    crops = np.empty((_CROPS, coefs.shape[1]))
-    for place, image in enumerate(chosen):
-        y, x = (crop_matrix(starts[place, axis], 1 - lost[place, axis]) for axis in (0, 1))
-        crops[place] = (y @ matrices[image] @ x.T)[ROWS, COLUMNS] - coefs[image]
+    y, x = (crop_matrices(starts[:, axis], 1 - lost[:, axis]) for axis in (0, 1))
+    cropped = y @ unpack(coefs[chosen].astype(np.float32)) @ x.transpose(0, 2, 1)
+    crops = cropped[:, ROWS, COLUMNS] - coefs[chosen]
     within = crops.T @ crops / _CROPS + 0.1 * between
     # Generalised eigenvectors of (between, within), by Cholesky.
     lower = np.linalg.inv(np.linalg.cholesky(within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within))))
@@ -244,7 +243,7 @@ def _cells(vectors: Floats, seed: int) -> tuple[list[NDArray[np.int32]], Floats]
     cell = _nearest_cells(vectors, centres)[:, 0]
     order = np.argsort(cell, kind="stable").astype(np.int32)
     edges = np.searchsorted(cell[order], np.arange(count + 1))
-    waiting = [order[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True) if high > low]
+    waiting = [order[low:high] for low, high in itertools.pairwise(edges) if high > low]
     most = round(8 * math.sqrt(len(vectors)))
     members: list[NDArray[np.int32]] = []
     while waiting:

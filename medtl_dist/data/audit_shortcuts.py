@@ -155,9 +155,7 @@ def _out_of_fold(features: Matrix, labels: NDArray, folds: NDArray) -> Matrix:
     return scores
 
 
-def _auc(
-    scores: Matrix, labels: NDArray, groups: NDArray, folds: NDArray, seed: int
-) -> tuple[float, float, float]:
+def _auc(scores: Matrix, labels: NDArray, groups: NDArray, folds: NDArray, seed: int) -> tuple[float, float, float]:
     """The AUC over pairs within folds, one class against the others, unweighted mean, with its 95 % interval."""
     members, place = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng([seed, 4])

@@ -128,7 +128,12 @@ def describe(seen: Scan, matches: list[Match], accepted: Mapping[frozenset[str],
             items = [_item(seen, match) for match in sorted(some, key=lambda m: (-m.score, m.first, m.second))]
             for item in items if kind == "accepted_duplicates" else ():
                 item["reason"] = accepted[frozenset(item["keys"])]
-            findings.append(Finding(kind, level, len(some), text.format(_pairs(len(some))) + _spread(seen, some), items))
+            findings.append(
+                Finding(kind, level, len(some), text.format(_pairs(len(some))) + _spread(seen, some), items)
+            )
+    if idle := len(accepted.keys() - set(pairs.values())):
+        text = f"{idle:,} accepted pairs are no finding: these lines of --accept are not needed"
+        findings.append(Finding("needless_acceptance", "note", idle, text))
     return findings
 
 
@@ -139,7 +144,9 @@ def _pairs(count: int) -> str:
 def _spread(seen: Scan, matches: list[Match]) -> str:
     """``: 3 in train and test, 2 identical …``: where the pairs are, and what they are."""
     names = seen.dataset.splits
-    where = Counter(" and ".join(names[s] for s in sorted({seen.split[m.first], seen.split[m.second]})) for m in matches)
+    where = Counter(
+        " and ".join(names[s] for s in sorted({seen.split[m.first], seen.split[m.second]})) for m in matches
+    )
     same = sum(match.how == "identical pixels" for match in matches)
     kinds = f"{same:,} identical, {len(matches) - same:,} near-identical"
     return f" ({', '.join(f'{count:,} in {place}' for place, count in sorted(where.items()))}; {kinds})"
