@@ -108,16 +108,21 @@ def _near(seen: Scan, identical: list[Match], pool: Pool, report: Progress) -> t
     records = seen.records[places]
     found = find_pairs(records, fit_projection(records), progress=report)
     found = found._replace(first=places[found.first], second=places[found.second])
-    agreeing = np.flatnonzero(found.score >= LEAST_AGREEMENT)
-    most = max(_MAX_COMPARED, len(seen) // 5)
-    if len(agreeing) > most:
-        agreeing = np.sort(agreeing[np.argsort(-found.score[agreeing], kind="stable")[:most]])
+    agreeing = worth_comparing(found, len(seen))
     nulls = _null_pairs(seen, found)
     both = np.union1d(agreeing, nulls)
     scores = np.full(len(found.first), np.nan)
     scores[both] = score_pairs(seen, found.take(both), pool, report)
     threshold = fit_threshold(scores[nulls], len(agreeing))
     return _matches(found, agreeing, scores, threshold), threshold
+
+
+def worth_comparing(found: Pairs, num_images: int) -> NDArray[np.int64]:
+    """Positions of the pairs that are registered: those that agree, of more than 20,000 (or a fifth of the images) the
+    ones that agree best. Chance makes more such pairs in a larger set, and true copies agree better."""
+    agreeing = np.flatnonzero(found.score >= LEAST_AGREEMENT)
+    most = max(_MAX_COMPARED, num_images // 5)
+    return np.sort(agreeing[np.argsort(-found.score[agreeing], kind="stable")[:most]])
 
 
 def _null_pairs(seen: Scan, found: Pairs) -> NDArray[np.int64]:

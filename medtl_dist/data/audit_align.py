@@ -21,6 +21,10 @@ _POINTS = (np.arange(32, dtype=np.float64) + 0.5) / 32  # enough for frequencies
 _STARTS = np.round(np.arange(-20, 21) * 0.01, 2)  # start and extent of a crop, as shares of the side
 _EXTENTS = np.round(np.arange(76, 131) * 0.01, 2)
 _CHUNK = 2048
+_FLAT = ROWS * NUM_FREQUENCIES + COLUMNS
+_STEPS = 3
+# Agreement after one step below which more steps never reached what is worth registering.
+_WORTH_MORE = 0.5
 
 
 class Alignment(NamedTuple):
@@ -66,47 +70,55 @@ def unpack(coefs: Floats) -> Floats:
 
 def align(first: Floats, second: Floats, mean: Floats, scale: Floats) -> Alignment:
     """Align pairs, float32 [pairs, 135] each: crops the first to the second and the second to the first, and keeps the
-    better. ``mean``, ``scale``: of the set's coefficients, float32 [135]."""
-    scores, crops, inners = [], [], []
+    better. Pairs that one step leaves far apart get no more. ``mean``, ``scale``: of the set's coefficients [135]."""
+    found = Alignment(np.zeros(len(first), "f4"), np.zeros((len(first), 4), "f4"), np.ones(len(first), bool))
     for start in range(0, len(first), _CHUNK):
-        a, b = first[start : start + _CHUNK], second[start : start + _CHUNK]
-        forth, back = _crop_to(a, b, mean, scale), _crop_to(b, a, mean, scale)
-        inner = forth[0] >= back[0]
-        scores.append(np.where(inner, forth[0], back[0]))
-        crops.append(np.where(inner[:, None], forth[1], back[1]))
-        inners.append(inner)
-    if not scores:
-        return Alignment(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), np.zeros(0, bool))
-    return Alignment(np.concatenate(scores), np.concatenate(crops), np.concatenate(inners))
+        some = slice(start, start + _CHUNK)
+        a, b = first[some], second[some]
+        score, crop = _crop_to(a, b, mean, scale, 1)
+        inner = np.ones(len(a), bool)
+        near = np.flatnonzero(score >= _WORTH_MORE)
+        if len(near):
+            forth = _crop_to(a[near], b[near], mean, scale, _STEPS)
+            back = _crop_to(b[near], a[near], mean, scale, _STEPS)
+            inner[near] = forth[0] >= back[0]
+            score[near] = np.where(inner[near], forth[0], back[0])
+            crop[near] = np.where(inner[near, None], forth[1], back[1])
+        found.score[some], found.crop[some], found.inner[some] = score, crop, inner
+    return found
 
 
-def _crop_to(whole: Floats, part: Floats, mean: Floats, scale: Floats) -> tuple[Floats, Floats]:
+def _crop_to(whole: Floats, part: Floats, mean: Floats, scale: Floats, steps: int) -> tuple[Floats, Floats]:
     table, by_start, by_extent = _tables()
     matrices = unpack(whole)
     crop = np.tile(np.array([0, 1, 0, 1], np.float32), (len(whole), 1))
     target = (part - mean) / scale
+    length = np.linalg.norm(target, axis=1)
     best = np.full(len(whole), -1, np.float32)
     kept = crop.copy()
-    for step in range(4):
+    for step in range(steps + 1):
         places = np.rint((crop - [_STARTS[0], _EXTENTS[0], _STARTS[0], _EXTENTS[0]]) / 0.01).astype(int)
         seen = table[places[:, 0], places[:, 1]] @ matrices @ table[places[:, 2], places[:, 3]].transpose(0, 2, 1)
-        value = (seen[:, ROWS, COLUMNS] - mean) / scale
-        score = np.einsum("ps,ps->p", value, target) / np.maximum(
-            np.linalg.norm(value, axis=1) * np.linalg.norm(target, axis=1), 1e-6
-        )
+        value = (_kept(seen) - mean) / scale
+        score = np.einsum("ps,ps->p", value, target) / np.maximum(np.linalg.norm(value, axis=1) * length, 1e-6)
         better = score > best
         best[better], kept[better] = score[better], crop[better]
-        if step == 3:
-            break
-        crop = _stepped(crop, seen, value, target, (by_start, by_extent), scale)
+        if step < steps:
+            crop = _stepped(crop, seen, value, target, (by_start, by_extent), scale)
     return best, kept
+
+
+def _kept(matrices: Floats) -> Floats:
+    """Matrices [..., 16, 16] to their kept coefficients [..., 135]."""
+    return matrices.reshape(*matrices.shape[:-2], NUM_FREQUENCIES**2).take(_FLAT, axis=-1)
 
 
 def _stepped(
     crop: Floats, seen: Floats, value: Floats, target: Floats, by: tuple[Floats, Floats], scale: Floats
 ) -> Floats:
     """One damped Gauss-Newton step of the crop, within the tables."""
-    slopes = np.stack([by[0] @ seen, by[1] @ seen, seen @ by[0].T, seen @ by[1].T], axis=1)[:, :, ROWS, COLUMNS] / scale
+    slopes = np.stack([by[0] @ seen, by[1] @ seen, seen @ by[0].T, seen @ by[1].T], axis=1)
+    slopes = _kept(slopes) / scale
     normal = slopes @ slopes.transpose(0, 2, 1)
     damping = np.einsum("pii->p", normal) * 0.0025 + 1e-6
     normal += damping[:, None, None] * np.eye(4, dtype=np.float32)

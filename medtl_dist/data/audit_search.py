@@ -5,7 +5,7 @@ cropping (Fisher's linear discriminant, between the set's images and within simu
 X-rays have in common drops out with the mean, and so do its shifts, which a plain hash takes for differences.
 
 Up to 8,192 images every pair is compared. Beyond that, images fall into about 2√n cells around centres (k-means), cells
-too full are halved until they hold at most 8√n, and each image looks into three cells per variant: O(n^1.5)
+too full are halved until they hold at most 8√n, and each image looks into five cells per variant: O(n^1.5)
 operations, and memory for the records, the matches and one cell's scores.
 """
 
@@ -29,8 +29,9 @@ _LEAST_COSINE = 0.35
 _FIT_SAMPLE = 20_000
 _CROPS = 2000
 _MAX_CROP = 0.1
-_PROBES = 3
+_PROBES = 5
 _BLOCK = 1024
+_CHUNK = 2**15
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,11 +92,18 @@ def _shrunk_covariance(centred: NDArray[np.float64]) -> NDArray[np.float64]:
     return (1 - weight) * (centred.T @ centred) / max(1, len(centred)) + weight * np.diag(smooth)
 
 
-def project(coefs: Floats, projection: Projection, variant: int = 0) -> Floats:
+def project(records: NDArray[np.void], projection: Projection, variant: int = 0) -> Floats:
     """Unit vectors float32 [n, 48] of the given variant of images."""
     order, sign = variant_operator(variant)
-    vectors = (coefs[:, order] * sign - projection.mean) @ projection.axes
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    axes = np.empty_like(projection.axes)
+    axes[order] = projection.axes * sign[:, None]  # turning the axes back is cheaper than turning every image
+    shift = projection.mean @ projection.axes
+    vectors = np.empty((len(records), axes.shape[1]), np.float32)
+    for start in range(0, len(records), _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        vectors[piece] = coefficients(records[piece]) @ axes - shift
+        vectors[piece] /= np.maximum(np.linalg.norm(vectors[piece], axis=1, keepdims=True), 1e-6)
+    return vectors
 
 
 def find_pairs(
@@ -106,13 +114,15 @@ def find_pairs(
     if len(records) < 2:
         nothing = np.zeros(0, np.int64)
         return _aligned(records, projection, nothing, nothing, nothing)
-    coefs = coefficients(records)
-    least = _least_cosine(coefs, projection, seed)
+    least = _least_cosine(records, projection, seed)
     search = _all_pairs if len(records) <= MAX_ALL_PAIRS else _in_cells
-    found = []
-    for variant, query, other, cosine in search(coefs, projection, least, seed):
+    found, searched = [], 0
+    for variant, query, other, cosine in search(records, projection, least, seed):
         found.append((query, other, np.full(len(query), variant, np.int8), cosine))
-        report("searching", min(variant + 1, NUM_VARIANTS), NUM_VARIANTS)
+        if variant != searched:
+            searched = variant
+            report("searching", variant, NUM_VARIANTS)
+    report("searching", NUM_VARIANTS, NUM_VARIANTS)
     query, other, variant, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
     keep = _nearest(query, cosine)
     query, other, variant = query[keep].astype(np.int64), other[keep].astype(np.int64), variant[keep].astype(np.int64)
@@ -167,26 +177,26 @@ def _nearest(query: NDArray, cosine: Floats) -> NDArray[np.int64]:
     return order[rank < NEIGHBOURS]
 
 
-def _least_cosine(coefs: Floats, projection: Projection, seed: int) -> float:
+def _least_cosine(records: NDArray[np.void], projection: Projection, seed: int) -> float:
     """The cosine that about ``2 * NEIGHBOURS`` others per image exceed, estimated from a sample; bounds memory."""
     rng = np.random.default_rng([seed, 1])
-    some = rng.permutation(len(coefs))
-    queries, others = some[:256], some[:16_384]
-    vectors = project(coefs[others], projection)
-    cosines = [project(coefs[queries], projection, variant) @ vectors.T for variant in range(NUM_VARIANTS)]
-    share = 2 * NEIGHBOURS / (NUM_VARIANTS * len(coefs))
+    some = rng.permutation(len(records))
+    queries, others = some[:256], some[:8192]
+    vectors = project(records[others], projection)
+    cosines = [project(records[queries], projection, variant) @ vectors.T for variant in range(NUM_VARIANTS)]
+    share = 2 * NEIGHBOURS / (NUM_VARIANTS * len(records))
     return max(_LEAST_COSINE, float(np.quantile(np.stack(cosines), max(0.0, 1 - share))))
 
 
 Found = tuple[int, NDArray[np.int32], NDArray[np.int32], Floats]
 
 
-def _all_pairs(coefs: Floats, projection: Projection, least: float, seed: int) -> Iterator[Found]:
+def _all_pairs(records: NDArray[np.void], projection: Projection, least: float, seed: int) -> Iterator[Found]:
     """Every image in every variant against every other: ``(variant, queries, others, cosines)``."""
     del seed
-    vectors = project(coefs, projection)
+    vectors = project(records, projection)
     for variant in range(NUM_VARIANTS):
-        queries = project(coefs, projection, variant)
+        queries = project(records, projection, variant)
         for start in range(0, len(queries), _BLOCK):
             cosines = queries[start : start + _BLOCK] @ vectors.T
             rows = np.arange(len(cosines))
@@ -195,12 +205,12 @@ def _all_pairs(coefs: Floats, projection: Projection, least: float, seed: int) -
             yield variant, (place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]
 
 
-def _in_cells(coefs: Floats, projection: Projection, least: float, seed: int) -> Iterator[Found]:
-    """As ``_all_pairs``, but each query meets only the images in its three nearest cells."""
-    vectors = project(coefs, projection)
+def _in_cells(records: NDArray[np.void], projection: Projection, least: float, seed: int) -> Iterator[Found]:
+    """As ``_all_pairs``, but each query meets only the images in its five nearest cells."""
+    vectors = project(records, projection)
     members, centres = _cells(vectors, seed)
     for variant in range(NUM_VARIANTS):
-        queries = vectors if variant == 0 else project(coefs, projection, variant)
+        queries = vectors if variant == 0 else project(records, projection, variant)
         nearest = _nearest_cells(queries, centres)
         order = np.argsort(nearest, axis=None, kind="stable")
         edges = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
@@ -216,7 +226,7 @@ def _in_cells(coefs: Floats, projection: Projection, least: float, seed: int) ->
 
 
 def _nearest_cells(queries: Floats, centres: Floats) -> NDArray[np.int32]:
-    """int32 [n, 3]: the cells of each query, nearest first."""
+    """int32 [n, 5]: the cells of each query, nearest first."""
     nearest = np.empty((len(queries), _PROBES), np.int32)
     for start in range(0, len(queries), 8 * _BLOCK):
         cosines = queries[start : start + 8 * _BLOCK] @ centres.T
