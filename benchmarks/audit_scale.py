@@ -39,7 +39,9 @@ def main() -> None:
     options = parser.parse_args()
     mean, covariance = model_of(options.set)
     records, originals, copies = simulate(options.images, mean, covariance, options.seed)
-    print(f"{options.images:,} images, {len(copies):,} planted copies, {records.nbytes / options.images:.0f} bytes each")
+    print(
+        f"{options.images:,} images, {len(copies):,} planted copies, {records.nbytes / options.images:.0f} bytes each"
+    )
     begin, processor = time.perf_counter(), time.process_time()
     projection = fit_projection(records)
     found = find_pairs(records, projection, progress=_say(begin))
