@@ -28,7 +28,7 @@ _WORTH_MORE = 0.5
 
 
 class Alignment(NamedTuple):
-    """``score`` float32 [pairs]: correlation of what differs from the set's mean, after cropping; ``crop`` float32
+    """``score`` float32 [pairs]: correlation of what differs from the set's look, after cropping; ``crop`` float32
     [pairs, 4]: start and extent along y, then x, of the second image within the first (``inner`` True), or of the
     first within the second."""
 
@@ -68,19 +68,20 @@ def unpack(coefs: Floats) -> Floats:
     return matrices
 
 
-def align(first: Floats, second: Floats, mean: Floats, scale: Floats) -> Alignment:
+def align(first: Floats, second: Floats, look: Floats, scale: Floats) -> Alignment:
     """Align pairs, float32 [pairs, 135] each: crops the first to the second and the second to the first, and keeps the
-    better. Pairs that one step leaves far apart get no more. ``mean``, ``scale``: of the set's coefficients [135]."""
+    better. Pairs that one step leaves far apart get no more. ``look``, ``scale``: see
+    ``audit_search.Projection``."""
     found = Alignment(np.zeros(len(first), "f4"), np.zeros((len(first), 4), "f4"), np.ones(len(first), bool))
     for start in range(0, len(first), _CHUNK):
         some = slice(start, start + _CHUNK)
         a, b = first[some], second[some]
-        score, crop = _crop_to(a, b, mean, scale, 1)
+        score, crop = _crop_to(a, b, look, scale, 1)
         inner = np.ones(len(a), bool)
         near = np.flatnonzero(score >= _WORTH_MORE)
         if len(near):
-            forth = _crop_to(a[near], b[near], mean, scale, _STEPS)
-            back = _crop_to(b[near], a[near], mean, scale, _STEPS)
+            forth = _crop_to(a[near], b[near], look, scale, _STEPS)
+            back = _crop_to(b[near], a[near], look, scale, _STEPS)
             inner[near] = forth[0] >= back[0]
             score[near] = np.where(inner[near], forth[0], back[0])
             crop[near] = np.where(inner[near, None], forth[1], back[1])
@@ -88,23 +89,25 @@ def align(first: Floats, second: Floats, mean: Floats, scale: Floats) -> Alignme
     return found
 
 
-def _crop_to(whole: Floats, part: Floats, mean: Floats, scale: Floats, steps: int) -> tuple[Floats, Floats]:
+def _crop_to(whole: Floats, part: Floats, look: Floats, scale: Floats, steps: int) -> tuple[Floats, Floats]:
     table, by_start, by_extent = _tables()
     matrices = unpack(whole)
     crop = np.tile(np.array([0, 1, 0, 1], np.float32), (len(whole), 1))
-    target = (part - mean) / scale
+    aim = part / scale
+    target = aim - (aim @ look) @ look.T
     length = np.linalg.norm(target, axis=1)
     best = np.full(len(whole), -1, np.float32)
     kept = crop.copy()
     for step in range(steps + 1):
         places = np.rint((crop - [_STARTS[0], _EXTENTS[0], _STARTS[0], _EXTENTS[0]]) / 0.01).astype(int)
         seen = table[places[:, 0], places[:, 1]] @ matrices @ table[places[:, 2], places[:, 3]].transpose(0, 2, 1)
-        value = (_kept(seen) - mean) / scale
+        shown = _kept(seen) / scale
+        value = shown - (shown @ look) @ look.T
         score = np.einsum("ps,ps->p", value, target) / np.maximum(np.linalg.norm(value, axis=1) * length, 1e-6)
         better = score > best
         best[better], kept[better] = score[better], crop[better]
         if step < steps:
-            crop = _stepped(crop, seen, value, target, (by_start, by_extent), scale)
+            crop = _stepped(crop, seen, aim - shown, (by_start, by_extent), scale)
     return best, kept
 
 
@@ -113,16 +116,14 @@ def _kept(matrices: Floats) -> Floats:
     return matrices.reshape(*matrices.shape[:-2], NUM_FREQUENCIES**2).take(_FLAT, axis=-1)
 
 
-def _stepped(
-    crop: Floats, seen: Floats, value: Floats, target: Floats, by: tuple[Floats, Floats], scale: Floats
-) -> Floats:
+def _stepped(crop: Floats, seen: Floats, missing: Floats, by: tuple[Floats, Floats], scale: Floats) -> Floats:
     """One damped Gauss-Newton step of the crop, within the tables."""
     slopes = np.stack([by[0] @ seen, by[1] @ seen, seen @ by[0].T, seen @ by[1].T], axis=1)
     slopes = _kept(slopes) / scale
     normal = slopes @ slopes.transpose(0, 2, 1)
     damping = np.einsum("pii->p", normal) * 0.0025 + 1e-6
     normal += damping[:, None, None] * np.eye(4, dtype=np.float32)
-    gain = slopes @ (target - value)[..., None]
+    gain = slopes @ missing[..., None]
     move = np.clip(np.linalg.solve(normal, gain)[..., 0], -0.1, 0.1)
     stepped = np.empty_like(crop)
     for axis in (0, 2):  # the step is in the frame of the crop so far

@@ -1,8 +1,9 @@
 """fingerprints ─► pairs worth a closer look: every image's nearest others, as they are, flipped, turned or negated.
 
 Images are compared by 48 numbers: the projection of their coefficients that best tells images apart in spite of
-cropping (Fisher's linear discriminant, between the set's images and within simulated crops of one image). What chest
-X-rays have in common drops out with the mean, and so do its shifts, which a plain hash takes for differences.
+cropping (Fisher's linear discriminant, between the set's images and within simulated crops of one image). The look that
+chest X-rays have in common, upright or turned, is taken out first, and the discriminant takes out its shifts; a plain
+hash of bits is made of little else.
 
 Up to 8,192 images every pair is compared. Beyond that, images fall into about 2√n cells around centres (k-means), cells
 too full are halved until they hold at most 8√n, and each image looks into five cells per variant: O(n^1.5)
@@ -20,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtl_dist.data.audit_align import Floats, align, crop_matrices, unpack
-from medtl_dist.data.fingerprint import COLUMNS, NUM_VARIANTS, ROWS, coefficients, variant_operator
+from medtl_dist.data.fingerprint import COLUMNS, NEGATIVE, NUM_VARIANTS, ROWS, coefficients, variant_operator
 
 NUM_DIMENSIONS = 48
 MAX_ALL_PAIRS = 8192
-NEIGHBOURS = 6  # of each image that are aligned
-_LEAST_COSINE = 0.35
+NEIGHBOURS = 3  # of each image in each variant that are aligned
+_LEAST_COSINE = 0.45
 _FIT_SAMPLE = 20_000
 _CROPS = 2000
 _MAX_CROP = 0.1
@@ -37,10 +38,11 @@ Progress = Callable[[str, int, int], None]
 
 
 class Projection(NamedTuple):
-    """``mean``, ``scale`` float32 [135] of the coefficients; ``axes`` float32 [135, 48]."""
+    """``scale`` float32 [135]: spread of the coefficients; ``look`` float32 [135, ≤ 8]: orthonormal directions, in units
+    of ``scale``, of the set's mean and its turned copies, which no comparison heeds; ``axes`` float32 [135, 48]."""
 
-    mean: Floats
     scale: Floats
+    look: Floats
     axes: Floats
 
 
@@ -65,22 +67,32 @@ def fit_projection(records: NDArray[np.void], seed: int = 0) -> Projection:
     rng = np.random.default_rng(seed)
     sample = rng.permutation(len(records))[:_FIT_SAMPLE]
     coefs = coefficients(records[sample]).astype(np.float64)
-    mean = coefs.mean(axis=0)
-    between = _shrunk_covariance(coefs - mean)
+    scale = coefs.std(axis=0) + 1e-2
+    look = _common_look(coefs.mean(axis=0), scale)
+    rest = np.diag(1 / scale) @ (np.eye(len(scale)) - look @ look.T) @ np.diag(scale)
+    between = _shrunk_covariance(coefs @ rest)
     chosen = rng.integers(len(coefs), size=_CROPS)
     lost = rng.uniform(0, _MAX_CROP, (_CROPS, 2))
     starts = lost * rng.uniform(0, 1, (_CROPS, 2))
     y, x = (crop_matrices(starts[:, axis], 1 - lost[:, axis]) for axis in (0, 1))
     cropped = y @ unpack(coefs[chosen].astype(np.float32)) @ x.transpose(0, 2, 1)
-    crops = cropped[:, ROWS, COLUMNS] - coefs[chosen]
+    crops = (cropped[:, ROWS, COLUMNS] - coefs[chosen]) @ rest
     within = crops.T @ crops / _CROPS + 0.1 * between
     # Generalised eigenvectors of (between, within), by Cholesky.
     lower = np.linalg.inv(np.linalg.cholesky(within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within))))
     _, vectors = np.linalg.eigh(lower @ between @ lower.T)
     axes = lower.T @ vectors[:, ::-1][:, :NUM_DIMENSIONS]
-    axes = axes / np.sqrt(np.einsum("ij,ik,kj->j", axes, between, axes))
-    scale = np.sqrt(np.diag(between))
-    return Projection(mean.astype(np.float32), scale.astype(np.float32), axes.astype(np.float32))
+    axes = rest @ (axes / np.sqrt(np.einsum("ij,ik,kj->j", axes, between, axes)))
+    return Projection(scale.astype(np.float32), look.astype(np.float32), axes.astype(np.float32))
+
+
+def _common_look(mean: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Orthonormal directions [135, ≤ 8] of the mean as it is, flipped and turned (its negative lies among them): else
+    any two images that are turned alike would agree, in what sets them apart from the others."""
+    operators = [variant_operator(variant) for variant in range(NEGATIVE)]
+    turned = np.stack([mean[order] * sign / scale for order, sign in operators], axis=1)
+    vectors, strength, _ = np.linalg.svd(turned, full_matrices=False)
+    return vectors[:, strength > 1e-3 * strength[0]]
 
 
 def _shrunk_covariance(centred: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,11 +109,10 @@ def project(records: NDArray[np.void], projection: Projection, variant: int = 0)
     order, sign = variant_operator(variant)
     axes = np.empty_like(projection.axes)
     axes[order] = projection.axes * sign[:, None]  # turning the axes back is cheaper than turning every image
-    shift = projection.mean @ projection.axes
     vectors = np.empty((len(records), axes.shape[1]), np.float32)
     for start in range(0, len(records), _CHUNK):
         piece = slice(start, start + _CHUNK)
-        vectors[piece] = coefficients(records[piece]) @ axes - shift
+        vectors[piece] = coefficients(records[piece]) @ axes
         vectors[piece] /= np.maximum(np.linalg.norm(vectors[piece], axis=1, keepdims=True), 1e-6)
     return vectors
 
@@ -109,23 +120,30 @@ def project(records: NDArray[np.void], projection: Projection, variant: int = 0)
 def find_pairs(
     records: NDArray[np.void], projection: Projection, seed: int = 0, progress: Progress | None = None
 ) -> Pairs:
-    """The aligned pairs of every image with its ``NEIGHBOURS`` nearest others, over all variants, each pair once."""
+    """The aligned pairs of every image, in every variant, with its ``NEIGHBOURS`` nearest others; each pair once.
+
+    Nearest per variant: should some images of the set be turned, all turned ones resemble each other more than a
+    copy resembles its original. Beyond ``MAX_ALL_PAIRS`` images it is the nearest one per variant.
+    """
     report = progress or (lambda stage, done, total: None)
     if len(records) < 2:
         nothing = np.zeros(0, np.int64)
         return _aligned(records, projection, nothing, nothing, nothing)
-    least = _least_cosine(records, projection, seed)
-    search = _all_pairs if len(records) <= MAX_ALL_PAIRS else _in_cells
-    found, searched = [], 0
-    for variant, query, other, cosine in search(records, projection, least, seed):
-        found.append((query, other, np.full(len(query), variant, np.int8), cosine))
-        if variant != searched:
-            searched = variant
-            report("searching", variant, NUM_VARIANTS)
+    vectors = project(records, projection)
+    few = len(records) <= MAX_ALL_PAIRS
+    cells = None if few else _cells(vectors, seed)
+    neighbours = NEIGHBOURS if few else 1
+    found = []
+    for number in range(NUM_VARIANTS):
+        report("searching", number, NUM_VARIANTS)
+        queries = project(records, projection, number)
+        least = _least_cosine(queries, vectors, neighbours, seed)
+        parts = _all_pairs(queries, vectors, least) if cells is None else _in_cells(queries, vectors, cells, least)
+        query, other, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
+        keep = _nearest(query, cosine, neighbours)
+        found.append((query[keep], other[keep], np.full(len(keep), number, np.int8)))
     report("searching", NUM_VARIANTS, NUM_VARIANTS)
-    query, other, variant, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
-    keep = _nearest(query, cosine)
-    query, other, variant = query[keep].astype(np.int64), other[keep].astype(np.int64), variant[keep].astype(np.int64)
+    query, other, variant = (np.concatenate(column).astype(np.int64) for column in zip(*found, strict=True))
     # The query was turned to look like the other: first is the one that stays.
     swap = query < other
     transposed = variant & 7
@@ -151,10 +169,10 @@ def _aligned(
         piece = slice(start, start + 2**16)
         turned = np.take_along_axis(coefficients(records[second[piece]]), orders[variant[piece]], axis=1)
         turned *= signs[variant[piece]]
-        parts.append(align(coefficients(records[first[piece]]), turned, projection.mean, projection.scale))
+        parts.append(align(coefficients(records[first[piece]]), turned, projection.look, projection.scale))
     if not parts:
         empty = np.zeros((0, len(ROWS)), np.float32)
-        parts = [align(empty, empty, projection.mean, projection.scale)]
+        parts = [align(empty, empty, projection.look, projection.scale)]
     score, crop, inner = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Pairs(first, second, variant, score, crop, inner)
 
@@ -168,61 +186,53 @@ def _best_variant(pairs: Pairs) -> Pairs:
     return pairs.take(new)
 
 
-def _nearest(query: NDArray, cosine: Floats) -> NDArray[np.int64]:
-    """Positions of each query's ``NEIGHBOURS`` largest cosines."""
+def _nearest(query: NDArray, cosine: Floats, most: int) -> NDArray[np.int64]:
+    """Positions of each query's largest cosines, at most so many."""
     order = np.lexsort((-cosine, query))
     ranked = query[order]
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     rank = np.arange(len(ranked)) - np.repeat(starts, np.diff(np.r_[starts, len(ranked)]))
-    return order[rank < NEIGHBOURS]
+    return order[rank < most]
 
 
-def _least_cosine(records: NDArray[np.void], projection: Projection, seed: int) -> float:
-    """The cosine that about ``2 * NEIGHBOURS`` others per image exceed, estimated from a sample; bounds memory."""
+def _least_cosine(queries: Floats, vectors: Floats, neighbours: int, seed: int) -> float:
+    """The cosine that about ``2 * neighbours`` others per query exceed, estimated from a sample; bounds memory."""
     rng = np.random.default_rng([seed, 1])
-    some = rng.permutation(len(records))
-    queries, others = some[:256], some[:8192]
-    vectors = project(records[others], projection)
-    cosines = [project(records[queries], projection, variant) @ vectors.T for variant in range(NUM_VARIANTS)]
-    share = 2 * NEIGHBOURS / (NUM_VARIANTS * len(records))
-    return max(_LEAST_COSINE, float(np.quantile(np.stack(cosines), max(0.0, 1 - share))))
+    some = rng.permutation(len(vectors))
+    cosines = queries[some[:256]] @ vectors[some[:8192]].T
+    return max(_LEAST_COSINE, float(np.quantile(cosines, max(0.0, 1 - 2 * neighbours / len(vectors)))))
 
 
-Found = tuple[int, NDArray[np.int32], NDArray[np.int32], Floats]
+Found = tuple[NDArray[np.int32], NDArray[np.int32], Floats]
 
 
-def _all_pairs(records: NDArray[np.void], projection: Projection, least: float, seed: int) -> Iterator[Found]:
-    """Every image in every variant against every other: ``(variant, queries, others, cosines)``."""
-    del seed
-    vectors = project(records, projection)
-    for variant in range(NUM_VARIANTS):
-        queries = project(records, projection, variant)
-        for start in range(0, len(queries), _BLOCK):
-            cosines = queries[start : start + _BLOCK] @ vectors.T
-            rows = np.arange(len(cosines))
-            cosines[rows, start + rows] = -1
-            place, other = np.nonzero(cosines >= least)
-            yield variant, (place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]
+def _all_pairs(queries: Floats, vectors: Floats, least: float) -> Iterator[Found]:
+    """Every query against every other image: ``(queries, others, cosines)``."""
+    for start in range(0, len(queries), _BLOCK):
+        cosines = queries[start : start + _BLOCK] @ vectors.T
+        rows = np.arange(len(cosines))
+        cosines[rows, start + rows] = -1
+        place, other = np.nonzero(cosines >= least)
+        yield (place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]
 
 
-def _in_cells(records: NDArray[np.void], projection: Projection, least: float, seed: int) -> Iterator[Found]:
+def _in_cells(
+    queries: Floats, vectors: Floats, cells: tuple[list[NDArray[np.int32]], Floats], least: float
+) -> Iterator[Found]:
     """As ``_all_pairs``, but each query meets only the images in its five nearest cells."""
-    vectors = project(records, projection)
-    members, centres = _cells(vectors, seed)
-    for variant in range(NUM_VARIANTS):
-        queries = vectors if variant == 0 else project(records, projection, variant)
-        nearest = _nearest_cells(queries, centres)
-        order = np.argsort(nearest, axis=None, kind="stable")
-        edges = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
-        for cell, inside in enumerate(members):
-            visitors = order[edges[cell] : edges[cell + 1]] // _PROBES
-            for start in range(0, len(visitors), 4 * _BLOCK):
-                some = visitors[start : start + 4 * _BLOCK]
-                cosines = queries[some] @ vectors[inside].T
-                place, column = np.nonzero(cosines >= least)
-                query, other = some[place].astype(np.int32), inside[column].astype(np.int32)
-                real = query != other
-                yield variant, query[real], other[real], cosines[place, column][real]
+    members, centres = cells
+    nearest = _nearest_cells(queries, centres)
+    order = np.argsort(nearest, axis=None, kind="stable")
+    edges = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
+    for cell, inside in enumerate(members):
+        visitors = order[edges[cell] : edges[cell + 1]] // _PROBES
+        for start in range(0, len(visitors), 4 * _BLOCK):
+            some = visitors[start : start + 4 * _BLOCK]
+            cosines = queries[some] @ vectors[inside].T
+            place, column = np.nonzero(cosines >= least)
+            query, other = some[place].astype(np.int32), inside[column].astype(np.int32)
+            real = query != other
+            yield query[real], other[real], cosines[place, column][real]
 
 
 def _nearest_cells(queries: Floats, centres: Floats) -> NDArray[np.int32]:

@@ -117,7 +117,7 @@ def test_alignment_undoes_a_crop_whichever_image_was_cropped() -> None:
     crops = [image[3:94, 5:95] for image in images]  # start .031 and .052, extent .948 and .938
     records, cropped = records_of(images), records_of(crops)
     projection = fit_projection(records)
-    arguments = (coefficients(records), coefficients(cropped), projection.mean, projection.scale)
+    arguments = (coefficients(records), coefficients(cropped), projection.look, projection.scale)
     found = align(*arguments)
     assert np.median(found.score) > 0.93
     part = (3 / 96, 91 / 96, 5 / 96, 90 / 96)
@@ -173,7 +173,7 @@ def test_search_finds_planted_copies_and_says_how(monkeypatch: pytest.MonkeyPatc
 
 
 def _projected(coefs: np.ndarray, projection: audit_search.Projection) -> np.ndarray:
-    vectors = (coefs - projection.mean) @ projection.axes
+    vectors = coefs @ projection.axes
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
