@@ -27,7 +27,7 @@ from medtl_dist.data.fingerprint import equalise, to_grey, turn
 
 SIDE_PX = 128
 # Fewer pairs than this say nothing about the tail: then only identical pixels are confirmed.
-MIN_NULL_PAIRS = 60
+MIN_NULL_PAIRS = 40
 FALSE_CONFIRMED = 0.01
 FALSE_CANDIDATES = 1.0
 # Whatever a set's own pairs say: below the first nothing is worth listing, below the second nothing is certain.

@@ -14,6 +14,8 @@ from medtl_dist.data.fingerprint import NEGATIVE, coefficients, is_blank, stat, 
 # Median agreement of images with the set's mean from which "upside down" and "negative" mean anything.
 _COMMON_LOOK = 0.4
 _MIN_IMAGES = 8
+# An image counts as turned when turning it back brings it so much nearer to the set's look.
+_TURN_GAIN = 0.25
 # Robust standard deviations (1.4826 · median absolute deviation) from the median.
 _FAR = 6.0
 
@@ -60,7 +62,7 @@ def _against_the_set(seen: Scan, shown: NDArray[np.bool_]) -> list[Finding | Non
     negative = places[(own < -0.1) & (-own >= min(usual, middle / 2))]
     turns = np.stack([(coefs[:, order] * sign) @ look for order, sign in map(variant_operator, range(NEGATIVE))])
     best = turns.argmax(axis=0)
-    turned = (turns.max(axis=0) >= middle) & (own < min(usual, middle - 0.3))
+    turned = (turns.max(axis=0) >= middle) & (own < usual) & (turns.max(axis=0) - own > _TURN_GAIN)
     facts = {int(places[i]): {"how": variant_name(int(best[i]))} for i in np.flatnonzero(turned)}
     return [
         _images(

@@ -26,7 +26,8 @@ from medtl_dist.data.fingerprint import COLUMNS, NEGATIVE, NUM_VARIANTS, ROWS, c
 NUM_DIMENSIONS = 48
 MAX_ALL_PAIRS = 8192
 NEIGHBOURS = 3  # of each image in each variant that are aligned
-_LEAST_COSINE = 0.45
+_LEAST_COSINE = 0.45  # 95 of 100 crops lie above it; fewer images than this are compared whatever it is
+_FEW = 2000
 _FIT_SAMPLE = 20_000
 _CROPS = 2000
 _MAX_CROP = 0.1
@@ -200,7 +201,9 @@ def _least_cosine(queries: Floats, vectors: Floats, neighbours: int, seed: int) 
     rng = np.random.default_rng([seed, 1])
     some = rng.permutation(len(vectors))
     cosines = queries[some[:256]] @ vectors[some[:8192]].T
-    return max(_LEAST_COSINE, float(np.quantile(cosines, max(0.0, 1 - 2 * neighbours / len(vectors)))))
+    np.fill_diagonal(cosines, -1)  # images with themselves
+    floor = _LEAST_COSINE if len(vectors) > _FEW else -1.0
+    return max(floor, float(np.quantile(cosines, max(0.0, 1 - 2 * neighbours / len(vectors)))))
 
 
 Found = tuple[NDArray[np.int32], NDArray[np.int32], Floats]

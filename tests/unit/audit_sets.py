@@ -40,7 +40,7 @@ def base(count: int = 80) -> list[Entry]:
     """Different images, two classes, two splits, a patient each."""
     return [
         Entry(
-            texture(i), f"Doe-{i}", ("train", "test", "train", "val")[i % 4], ("normal", "sick")[i // 2 % 2], 40 + i % 7
+            texture(i), f"Doe-{i}", ("train", "test", "train", "val")[i % 4], ("normal", "sick")[i // 4 % 2], 40 + i % 7
         )
         for i in range(count)
     ]

@@ -67,7 +67,7 @@ def test_the_odd_image_is_pointed_at(odd: Audit, kind: str, patient: str) -> Non
 def test_shortcuts_are_told_with_their_intervals(odd: Audit) -> None:
     tried = {facts["from"]: facts for facts in odd.summary["shortcuts"]}
     assert tried["column age"]["auc"] > 0.95
-    assert tried["the image's borders"]["auc"] > 0.95
+    assert tried["the image's borders"]["auc"] > 0.9
     for facts in tried.values():
         low, high = facts["auc_ci"]
         assert 0 <= low <= facts["auc"] <= high <= 1
@@ -85,11 +85,11 @@ def test_a_plain_set_has_neither(tmp_path: Path) -> None:
 
 
 def test_a_split_of_one_class_and_vendor_windows_are_said(odd: Audit) -> None:
-    labels = np.where(odd.seen.split == 1, 0, odd.seen.label).astype(np.int32)
+    labels = np.where(odd.seen.split == 2, 0, odd.seen.label).astype(np.int32)
     info = odd.seen.dataset.info | {"preprocessing": odd.seen.dataset.info["preprocessing"] | {"window": "tags"}}
     seen = replace(odd.seen, label=labels, dataset=replace(odd.seen.dataset, info=info))
     found = {entry.kind: entry for entry in outliers(seen)}
-    assert found["one_class_split"].items == [{"split": odd.seen.dataset.splits[1]}]
+    assert found["one_class_split"].items == [{"split": "test"}]
     assert "vendor" in found["vendor_windows"].text
     assert not {"one_class_split", "vendor_windows"} & {entry.kind for entry in odd.findings}
 
