@@ -8,14 +8,14 @@ microseconds, and no image is decoded for it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medtl_dist.data.fingerprint import COLUMNS, NUM_FREQUENCIES, ROWS
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 _POINTS = (np.arange(32, dtype=np.float64) + 0.5) / 32  # enough for frequencies below 16
 _STARTS = np.round(np.arange(-20, 21) * 0.01, 2)  # start and extent of a crop, as shares of the side
@@ -37,14 +37,14 @@ class Alignment(NamedTuple):
     inner: NDArray[np.bool_]
 
 
-def _cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cosines(points: Floats) -> NDArray[np.float64]:
     """Orthonormal cosines at positions in [0, 1], float64 [..., 16]."""
     frequency = np.arange(NUM_FREQUENCIES)
     scale = np.where(frequency == 0, 1.0, np.sqrt(2.0)) / np.sqrt(len(_POINTS))
     return np.cos(np.pi * points[..., None] * frequency) * scale
 
 
-def crop_matrices(starts: NDArray[np.float64], extents: NDArray[np.float64]) -> NDArray[np.float64]:
+def crop_matrices(starts: Floats, extents: Floats) -> NDArray[np.float64]:
     """R [..., 16, 16]: the coefficients along one axis of the part [start, start + extent] of an image, stretched to
     its full side."""
     return _cosines(_POINTS).T @ _cosines(starts[..., None] + extents[..., None] * _POINTS)

@@ -60,7 +60,14 @@ class Pairs(NamedTuple):
 
     def take(self, places: NDArray) -> Pairs:
         """The pairs at the given places (positions or a mask)."""
-        return Pairs(*(column[places] for column in self))
+        return Pairs(
+            self.first[places],
+            self.second[places],
+            self.variant[places],
+            self.score[places],
+            self.crop[places],
+            self.inner[places],
+        )
 
 
 def fit_projection(records: NDArray[np.void], seed: int = 0) -> Projection:

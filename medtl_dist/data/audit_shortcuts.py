@@ -80,19 +80,17 @@ def _features(seen: Scan, chosen: NDArray[np.int64]) -> Iterator[tuple[str, Matr
     if seen.dataset.channels == 3 and np.ptp(stat(records, "grey")):
         yield "being grey or in colour", stat(records, "grey")[:, None]
     table = _kept(seen)
-    for name in table.column_names if table is not None else ():
+    for name in table.column_names:
         features = _encoded(table.column(name).take(pa.array(chosen)))
         if features is not None:
             label = "the domain" if name == "domain" else f"column {name}"
             yield label, features
 
 
-def _kept(seen: Scan) -> pa.Table | None:
+def _kept(seen: Scan) -> pa.Table:
     """The kept columns and the domain of every image, in the scan's order."""
     dataset = seen.dataset
     shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
-    if not shards:
-        return None
     # Not of the index's own columns: they are the answer, or where an image lies.
     own = {entry.name for entry in INDEX_FIELDS} - {"domain"}
     names = [name for name in read_shard_rows(dataset, shards[0]).column_names if name not in own]

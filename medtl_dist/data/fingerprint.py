@@ -37,8 +37,8 @@ RECORD = np.dtype(
 
 _FULL = SIDE_PX / 2  # the largest coefficient an equalised image (-1/2 … 1/2) can have
 # The value of a stored coefficient, by its byte.
-_LEVELS = np.arange(256, dtype=np.uint8).view(np.int8) / np.float32(127)
-_LEVELS = (np.sign(_LEVELS) * _LEVELS**2 * _FULL).astype(np.float32)
+_SHARES = np.arange(256, dtype=np.uint8).view(np.int8) / 127
+_LEVELS: NDArray[np.float32] = (np.sign(_SHARES) * _SHARES**2 * _FULL).astype(np.float32)
 # Below this standard deviation of the 64 px image there is nothing to compare.
 _BLANK_STD = 2
 
@@ -132,7 +132,7 @@ def variant_operator(variant: int) -> tuple[NDArray[np.int64], NDArray[np.float3
     return order, (-sign if variant & NEGATIVE else sign).astype(np.float32)
 
 
-def turn(image: NDArray[np.float32], variant: int) -> NDArray[np.float32]:
+def turn(image: NDArray[np.floating], variant: int) -> NDArray[np.floating]:
     """The variant of an equalised image ``[h, w]``: transposed, then flipped, then negated."""
     if variant & TRANSPOSE:
         image = image.T
