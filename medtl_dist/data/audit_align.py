@@ -130,4 +130,4 @@ def _stepped(crop: Floats, seen: Floats, missing: Floats, by: tuple[Floats, Floa
         stepped[:, axis] = crop[:, axis] + crop[:, axis + 1] * move[:, axis]
         stepped[:, axis + 1] = crop[:, axis + 1] * (1 + move[:, axis + 1])
     low, high = (_STARTS[0], _EXTENTS[0]), (_STARTS[-1], _EXTENTS[-1])
-    return np.clip(stepped, np.float32(low * 2), np.float32(high * 2))
+    return np.clip(stepped, np.array(low * 2, np.float32), np.array(high * 2, np.float32))

@@ -79,7 +79,7 @@ def fingerprint(image: NDArray[np.uint8]) -> NDArray[np.void]:
     record["pixels"] = np.frombuffer(digest, "<u8")
     record["size"] = min(width, 65535), min(height, 65535)
     small = np.asarray(cv2.resize(to_grey(image), (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    record["coefs"] = pack_coefs(np.asarray(cv2.dct(equalise(small)))[ROWS, COLUMNS])
+    record["coefs"] = pack_coefs(np.asarray(cv2.dct(equalise(small)), np.float32)[ROWS, COLUMNS])
     record["stats"] = _stats(small, image)
     return record
 

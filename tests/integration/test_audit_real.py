@@ -105,7 +105,9 @@ def test_nih_changed_copies_are_found_and_a_wrong_polarity_is_pointed_at(tmp_pat
         rows = list(csv.DictReader(stream))
     images = [
         cv2.resize(
-            cv2.imread(str(NIH.parent / row["file"]), cv2.IMREAD_GRAYSCALE), (256, 256), interpolation=cv2.INTER_AREA
+            np.asarray(cv2.imread(str(NIH.parent / row["file"]), cv2.IMREAD_GRAYSCALE), np.uint8),
+            (256, 256),
+            interpolation=cv2.INTER_AREA,
         )
         for row in rows
     ]
