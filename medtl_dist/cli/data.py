@@ -109,6 +109,7 @@ def pack(
       medtl data pack pneumoniamnist.npz --out sets/pneumoniamnist
       medtl data pack labels.csv --out s3://bucket/sets/cxr --staging /scratch --private keys/cxr
     """
+    from medtl_dist.data.audit import refuse_leaks
     from medtl_dist.data.pack import PackOptions, private_of
     from medtl_dist.data.pack import pack as run_pack
     from medtl_dist.data.sources import Columns
@@ -143,6 +144,7 @@ def pack(
         typer.echo(
             f"{private_of(out, options)} names files and patients: keep it apart from the set, and do not share it"
         )
+    refuse_leaks(dataset, dataset.info["audit"])
 
 
 @app.command()

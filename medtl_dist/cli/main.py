@@ -9,6 +9,7 @@ import click
 import typer
 
 from medtl_dist import __version__
+from medtl_dist.cli.audit import audit
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 data_app.command()(verify)
 data_app.command()(index)
+data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.command()(train)

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 import medtl_dist
 from medtl_dist.data import manifest as manifests
+from medtl_dist.data.audit import audit
 from medtl_dist.data.encoding import Coloured, Failure, Picture, Recipe, Stored, Workers, open_workers
 from medtl_dist.data.images import EXTENSION, Encoding
 from medtl_dist.data.manifest import Manifest
@@ -183,6 +184,9 @@ def _pack_listing(listing: Listing, dest: Path, work: Path, options: PackOptions
     write_linkage(private, listing, identities, status, manifest.splits)
     write_problems(private, listing, identities, missing | packing.problems)
     write_dataset_file(work / "set", info)
+    # A set that leaks is finished all the same, so that --fix and --accept have something to start from.
+    found = audit(open_dataset(work / "set"), num_workers=options.num_workers)
+    write_dataset_file(work / "set", info | {"audit": found.summary})
     os.rename(work / "set", dest)
 
 

@@ -24,7 +24,12 @@ class Caution:
 
 def cautions(results: Results) -> list[Caution]:
     """All cautions of a run. Those in results.json that say what one of ours says already are not repeated."""
-    found = [*_about_the_split(results), *_about_the_interval(results), *_about_the_model(results)]
+    found = [
+        *_about_leakage(results),
+        *_about_the_split(results),
+        *_about_the_interval(results),
+        *_about_the_model(results),
+    ]
     for text in results.cautions:
         if not any(caution.mark in text.lower() for caution in found):
             title, _, rest = text.partition(": ")
@@ -51,6 +56,17 @@ def _about_the_split(results: Results) -> Iterator[Caution]:
             f"Test split scored {openings(results)}.",
             "Each look makes it likelier that a good number is luck: what was picked after several looks is optimistic.",
             "opened",
+        )
+
+
+def _about_leakage(results: Results) -> Iterator[Caution]:
+    leaks = (results.data.audit or {}).get("leaks")
+    if leaks:
+        yield Caution(
+            "Leakage.",
+            f"The audit of the data set found {leaks} {'leak' if leaks == 1 else 'leaks'} between its splits, so the numbers are "
+            "optimistic. Make a set without: medtl data audit DEST --fix NEWDEST.",
+            "leak",
         )
 
 

@@ -202,6 +202,7 @@ class Data(_Part):
     excluded: list[Excluded] | None = None
     splits: dict[str, SplitCounts] = {}
     preprocessing: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
 
 
 class Model(_Part):
