@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
+from medtl_dist.models.folding import fold_frozen
 from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.registry import BackboneSpec
 from medtl_dist.train.optim import carry_over, create_optimizer, parameter_groups
@@ -51,6 +52,8 @@ def unfreeze(session: Session) -> None:
     for model in (network.model, session.ema.model if session.ema else None):
         if model is not None:
             freeze(model, network.spec, depth)
+            if config.model.fold_frozen:
+                fold_frozen(model, network.spec, depth)
     session.network = dataclasses.replace(network, frozen_depth=depth)
     # The old wrapper's hooks on the parameters go with it, and it lies in a reference cycle.
     session.stepper = network.model
