@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from medtl_dist.data.dicom import Rendering, read_dicom
 from medtl_dist.data.images import (
     MAX_PIXELS,
     Encoding,
@@ -41,7 +42,8 @@ _MIN_FOR_PROCESSES = 64
 
 
 class Picture(NamedTuple):
-    """Where the pixels of one image are: a file, or ``row`` of an array in an ``.npy`` file (-1: no array)."""
+    """Where the pixels of one image are: a file, or ``row`` of an array in an ``.npy`` file or of a DICOM file's frames
+    (-1: no array, one frame)."""
 
     file: str
     row: int
@@ -49,13 +51,15 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are stored. ``channels`` 1 or 3; with ``only_grey`` an image in colour is a finding, not converted."""
+    """How images are stored. ``channels`` 1 or 3; with ``only_grey`` an image in colour is a finding, not converted;
+    ``rendering``: the files are DICOM, and this makes pixels of them."""
 
     image_size_px: int | None
     channels: int
     only_grey: bool
     encoding: Encoding
     max_pixels: int = MAX_PIXELS
+    rendering: Rendering | None = None
 
 
 class Stored(NamedTuple):
@@ -92,7 +96,7 @@ _Work = Callable[[Sequence[Picture], Recipe], Sequence[Any]]
 def store(picture: Picture, recipe: Recipe) -> Result:
     """Read, shrink, convert and encode one image. Never raises for a bad image: the result says why."""
     try:
-        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+        image = shrink(_pixels(picture, recipe), recipe.image_size_px)
         if recipe.only_grey and not is_grey(image):
             return Coloured()
         image = to_channels(image, recipe.channels)
@@ -105,15 +109,17 @@ def store(picture: Picture, recipe: Recipe) -> Result:
 def look(picture: Picture, recipe: Recipe) -> Look | None:
     """Look at one image without storing it; None if it is unreadable."""
     try:
-        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+        image = shrink(_pixels(picture, recipe), recipe.image_size_px)
     except UnreadableImage:
         return None
     return Look(min(image.shape[:2]), is_grey(image))
 
 
-def _pixels(picture: Picture, image_size_px: int | None, max_pixels: int) -> NDArray[np.uint8]:
+def _pixels(picture: Picture, recipe: Recipe) -> NDArray[np.uint8]:
+    if recipe.rendering is not None:
+        return read_dicom(picture.file, picture.row, recipe.rendering, max_pixels=recipe.max_pixels)
     if picture.row < 0:
-        return read_image(picture.file, image_size_px=image_size_px, max_pixels=max_pixels)
+        return read_image(picture.file, image_size_px=recipe.image_size_px, max_pixels=recipe.max_pixels)
     return np.array(_array(picture.file)[picture.row])
 
 

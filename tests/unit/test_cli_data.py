@@ -60,7 +60,7 @@ def test_unknown_patients_are_said_twice(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--split", "1,2"], "three shares of train, val, test"),
-        (["--format", "dicom"], "--format dicom: one of auto, folder, table, medmnist expected"),
+        (["--format", "dcm"], "--format dcm: one of auto, folder, table, medmnist, dicom expected"),
         (["--label-col", "diagnosis"], "its columns: file, label, patient_id, split, site, age"),
         (["--key-file", "none.key"], "key file none.key cannot be read"),
     ],
