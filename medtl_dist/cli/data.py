@@ -105,8 +105,8 @@ def pack(
       medtl data pack archive/ --out sets/ward --table labels.csv \\
           --join-on StudyInstanceUID --label-col finding --keep-tag PatientAge --image-size 256
     """
-    from medtl_dist.data.dicom import parse_window
     from medtl_dist.data.dicom_source import DicomOptions
+    from medtl_dist.data.dicom_window import parse_window
     from medtl_dist.data.pack import PackOptions
     from medtl_dist.data.pack import pack as run_pack
     from medtl_dist.data.sources import Columns

@@ -6,7 +6,7 @@ two rows that say different things of one value, and one row for two objects und
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,21 @@ class Joined:
 def join_table(
     table: Path,
     columns: Columns,
-    join_on: str | None,
-    files: Sequence[Mapping[str, str] | None],
+    join_on: str,
+    values: Sequence[str],
     root: Path,
     *,
     needs_label: bool,
 ) -> Joined:
-    """Find each file's row. ``files``: per file its tags by keyword, and ``file``, its path relative to ``root``; None
-    for a file that cannot be read.
+    """Find each file's row. ``values``: per file what it is joined on: a tag's value ("": none), or for ``file`` its path
+    relative to ``root``.
 
     Raises: UserError, no such column, nothing in common, or an ambiguous join; DataError, a damaged table.
     """
-    names = column_names(table)
-    join_on = join_on or _default(columns.image, names)
     rows = read_rows(table, columns, IMAGE_COLUMNS if join_on == "file" else (join_on,), needs_label=needs_label)
     wanted = [relative_name(value, root) for value in rows.images] if join_on == "file" else rows.images
     by_value, repeated = _unique_rows(rows, wanted, join_on, table)
-    found = [None if file is None else by_value.get(file.get(join_on, "")) for file in files]
+    found = [by_value.get(value) if value else None for value in values]
     matched = [row for row in found if row is not None]
     if not matched:
         raise UserError(
@@ -66,10 +64,10 @@ def join_table(
             f"{copies} rows of {table} match more than one file by {join_on}, which names one object: remove the copies, "
             "or join on file paths with --join-on file"
         )
-    without = len(files) - len(matched)
+    without = len(values) - len(matched)
     unused = len(by_value) - len(set(matched))
     cautions = [f"{unused} of {len(by_value)} rows of the table match no DICOM file"] if unused else []
-    cautions += [f"{without} of {len(files)} DICOM files have no row in the table"] if without else []
+    cautions += [f"{without} of {len(values)} DICOM files have no row in the table"] if without else []
     cautions += [f"{repeated} rows of the table repeat another"] if repeated else []
     return Joined(
         rows=found,
@@ -83,8 +81,12 @@ def join_table(
     )
 
 
-def _default(image_column: str | None, names: list[str]) -> str:
-    """By which value to join: what the named column is called, else the finest that the table has a column for."""
+def default_join(table: Path, columns: Columns) -> str:
+    """By which value to join: what the named column is called, else the finest that the table has a column for.
+
+    Raises: as ``read_rows``.
+    """
+    image_column, names = columns.image, column_names(table)
     uids = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
     if image_column is not None:
         return image_column if image_column in uids else "file"

@@ -1,5 +1,7 @@
 """stored values of one grey DICOM frame ─► uint8 pixels: padding, modality, window, polarity, in float, in this order.
 
+Pure arithmetic, without pydicom: the tags are read by ``dicom_tags``.
+
     padding masked → modality LUT or rescale → VOI LUT, window function, percentile or fixed range → inverted → uint8
 
 Every step is a function of the stored value alone (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2.1, C.11.6), so it is computed once
@@ -8,14 +10,68 @@ per value that occurs and looked up for each pixel. Percentiles are of the image
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medtl_dist.errors import UserError
+
 Floats = NDArray[np.float64]
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+FRAMES = ("single", "first", "middle", "all")
+PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a set's DICOM frames become pixels. ``policy``: ``tags`` (the file's first VOI LUT or window, percentiles where
+    it has none), ``percentile`` or ``fixed``; ``low``, ``high``: percentiles, or the fixed range in the modality's
+    units; ``frames``: of a file of several frames none, the first, the middle one or all."""
+
+    policy: str = "percentile"
+    low: float = PERCENTILES[0]
+    high: float = PERCENTILES[1]
+    frames: str = "single"
+
+    def __post_init__(self) -> None:
+        if self.frames not in FRAMES:
+            raise UserError(f"--frames {self.frames}: one of {', '.join(FRAMES)} expected")
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``preprocessing.window`` of ``dataset.json``."""
+        if self.policy == "fixed":
+            return {"policy": "fixed", "low": self.low, "high": self.high, "frames": self.frames}
+        return {"policy": self.policy, "percentiles": [self.low, self.high], "frames": self.frames}
+
+
+def rendering_from(window: Mapping[str, Any]) -> Rendering:
+    """The ``Rendering`` that ``as_json`` wrote."""
+    low, high = window.get("percentiles") or (window["low"], window["high"])
+    return Rendering(window["policy"], float(low), float(high), window["frames"])
+
+
+def parse_window(text: str, frames: str = "single") -> Rendering:
+    """``tags``, ``percentile`` or ``LO,HI``. Raises: UserError, anything else."""
+    if text in ("tags", "percentile"):
+        return Rendering(text, frames=frames)
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--window {text}: tags, percentile, or LO,HI with LO below HI expected, as -1000,400")
+    return Rendering("fixed", low, high, frames)
+
+
+def chosen_frames(frames: str, count: int) -> list[int]:
+    """The frames of a file that become images, -1 for a file of one; none of several under ``single``."""
+    if count == 1:
+        return [-1]
+    return {"single": [], "first": [0], "middle": [count // 2], "all": list(range(count))}[frames]
 
 
 class Rescale(NamedTuple):

@@ -24,7 +24,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from medtl_dist.data.dicom import Rendering, read_dicom
+from medtl_dist.data.dicom import read_dicom
+from medtl_dist.data.dicom_window import Rendering
 from medtl_dist.data.images import (
     MAX_PIXELS,
     Encoding,
@@ -90,7 +91,6 @@ class Look(NamedTuple):
 
 
 Result = Stored | Failure | Coloured
-_Work = Callable[[Sequence[Picture], Recipe], Sequence[Any]]
 
 
 def store(picture: Picture, recipe: Recipe) -> Result:
@@ -149,20 +149,23 @@ class Workers:
     def store(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Result]:
         # Whole images at native size can be large: fewer per task then, as results wait in memory for their turn.
         size = 8 if recipe.image_size_px is not None or recipe.encoding == "png" else 2
-        return self._ordered(_store_all, pictures, recipe, size)
+        return self.ordered(functools.partial(_store_all, recipe=recipe), pictures, size)
 
     def look(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Look | None]:
-        return self._ordered(_look_all, pictures, recipe, 8)
+        return self.ordered(functools.partial(_look_all, recipe=recipe), pictures, 8)
 
-    def _ordered(self, work: _Work, pictures: Iterable[Picture], recipe: Recipe, size: int) -> Generator[Any]:
+    def ordered(
+        self, work: Callable[[Sequence[Any]], Sequence[Any]], items: Iterable[Any], size: int
+    ) -> Generator[Any]:
+        """The results of ``work``, which takes and returns ``size`` items at a time, in the order of the items."""
         if self._pool is None:
-            for picture in pictures:
-                yield from work([picture], recipe)
+            for item in items:
+                yield from work([item])
             return
         waiting: deque[Future] = deque()
         try:
-            for chunk in _chunks(pictures, size):
-                waiting.append(self._pool.submit(work, chunk, recipe))
+            for chunk in _chunks(items, size):
+                waiting.append(self._pool.submit(work, chunk))
                 if len(waiting) >= self._window:
                     yield from waiting.popleft().result()
             while waiting:
@@ -176,10 +179,10 @@ class Workers:
                 future.cancel()
 
 
-def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    chunk: list[Picture] = []
-    for picture in pictures:
-        chunk.append(picture)
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
         if len(chunk) == size:
             yield chunk
             chunk = []
@@ -188,9 +191,9 @@ def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
 
 
 @contextmanager
-def open_workers(num_workers: int, num_images: int) -> Iterator[Workers]:
-    """Start the processes, and end them whatever happens."""
-    if num_workers <= 1 or num_images < _MIN_FOR_PROCESSES:
+def open_workers(num_workers: int, num_images: int, at_least: int = _MIN_FOR_PROCESSES) -> Iterator[Workers]:
+    """Start the processes, and end them whatever happens; none for fewer than ``at_least`` images."""
+    if num_workers <= 1 or num_images < at_least:
         with _one_thread():
             yield Workers(None, 1)
         _array.cache_clear()  # else the mapped file would keep its disk space

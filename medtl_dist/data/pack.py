@@ -124,7 +124,14 @@ def pack(
 def _read(source: Path, kind: str, options: PackOptions, scratch: Path, progress: Progress | None) -> Listing:
     try:
         if kind == "dicom":
-            return read_dicom_tree(source, options.columns, options.dicom, options.image_root, progress)
+            return read_dicom_tree(
+                source,
+                options.columns,
+                options.dicom,
+                image_root=options.image_root,
+                num_workers=options.num_workers or _num_cores(),
+                progress=progress,
+            )
         if kind == "folder":
             return read_folder(source)
         if kind == "table":
