@@ -69,11 +69,17 @@ def read_header(file: BinaryIO) -> Dataset:
     Raises: UnreadableImage, not a DICOM data set, a damaged or a deflated one.
     """
     from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
 
-    start = file.read(4096)
+    magic = file.read(132).endswith(b"DICM")
     file.seek(0)
-    if _DEFLATED.encode() + b"\0" in start[:2048] and start[128:132] == b"DICM":
-        raise UnreadableImage("deflated DICOM")  # to look at it is to inflate it whole, whatever its size
+    try:
+        # pydicom would inflate the whole of it, whatever its size.
+        deflated = magic and text_of(read_file_meta_info(file.name), "TransferSyntaxUID") == _DEFLATED
+    except Exception:
+        raise UnreadableImage("damaged DICOM header") from None
+    if deflated:
+        raise UnreadableImage("deflated DICOM")
     try:
         return dcmread(file, stop_before_pixels=True, force=True)
     except Exception:  # damaged bytes raise a dozen kinds of error, whose texts quote them
