@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -111,7 +112,7 @@ def age_in_years(text: str) -> int | None:
 
 
 def guard_kept_columns(table: pa.Table) -> pa.Table:
-    """A table's kept columns under the same rules: numbers in a column named as an age are capped at 90.
+    """A table's kept columns under the same rules: in a column named as an age, numbers are capped at 90.
 
     Raises: UserError, a column with a date in it.
     """
@@ -122,7 +123,14 @@ def guard_kept_columns(table: pa.Table) -> pa.Table:
             raise UserError(
                 f"--keep-col {name}: it holds dates, which identify patients; an age or an interval may be kept"
             )
-        if _AGE_COLUMN.search(name.replace("_", " ")) and not pa.types.is_string(column.type):
-            capped = [None if value is None else min(value, OLDEST) for value in column.to_pylist()]
+        if _AGE_COLUMN.search(name.replace("_", " ")):
+            capped = [_capped(value) for value in column.to_pylist()]
             table = table.set_column(place, name, pa.array(capped, column.type))
     return table
+
+
+def _capped(value: Any) -> Any:
+    """A number of at most 90, ``90+`` for a text that says as much."""
+    if isinstance(value, str):
+        return "90+" if age_in_years(value) == OLDEST else value
+    return value if value is None else min(value, OLDEST)

@@ -96,7 +96,7 @@ def test_voi_luts_agree_with_pydicom(first: int, bits: int) -> None:
     item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW"
     other = sequence_item(LUTDescriptor=[2, 0, 8], LUTData=[0, 1])
     signed = first > 32767
-    pixels = EVERY_VALUE if signed else np.abs(EVERY_VALUE).astype(np.uint16) % (256 if bits == 8 else 65536)
+    pixels = EVERY_VALUE if signed else np.abs(EVERY_VALUE).astype(np.uint16) % (256 if bits == 8 else 65535)
     ds = dataset(pixels, VOILUTSequence=[item, other], WindowCenter=5, WindowWidth=3)
     grey, source = grey_of(ds, -1, Rendering("tags"))
     assert source == "VOI LUT"
