@@ -24,6 +24,7 @@ _WHOLE = ("IS", "US", "SS", "UL", "SL")
 _DECIMAL = ("DS", "FL", "FD")
 # What a group may be made of: it is hashed, and never written.
 _HASHED = ("LO", "SH", "CS", "UI", "PN", "IS", "DA", "AE")
+_SEXES = ("F", "M", "O")
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}(\\[A-Z0-9_ ]{1,16}){0,9}")
 _AGE = re.compile(r"([0-9]{1,3})([DWMY]?)")
 _YEARS = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0, "": 1.0}
@@ -76,10 +77,15 @@ def code(text: str) -> str:
 
 
 def clean_text(keyword: str, vr: str, text: str) -> str:
-    """The value of a permitted tag as text (for a class or a domain); "" if it does not fit its representation."""
+    """The value of a permitted tag as text; "" if it does not fit its representation."""
+    if keyword == "PatientSex":
+        return code(text) if code(text) in _SEXES else ""
     if vr == "CS":
         return code(text)
-    return text if keyword in _TEXTS else str(_value(vr, text) if _value(vr, text) is not None else "")
+    if keyword in _TEXTS:
+        return text
+    value = _value(vr, text)
+    return "" if value is None else str(value)
 
 
 def kept_column(keyword: str, vr: str, texts: Sequence[str]) -> tuple[pa.Array, int]:

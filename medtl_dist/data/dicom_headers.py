@@ -106,6 +106,8 @@ def _found(header: Any, name: str, magic: bool, reading: Reading) -> Found | Non
     if not magic and not sop_class.startswith("1.2.840.10008."):
         return None  # it began as DICOM by chance
     values = tuple(text_of(header, keyword) for keyword in reading.keywords)
+    if not _has_image(header) and (not sop_class or "Image Storage" in _class_name(sop_class)):
+        return Found(name, "", "damaged DICOM header", values, UNREAD, (-1,), ("",))
     refused = _refused(header, sop_class, reading.allow)
     frames = [] if refused else chosen_frames(reading.rendering.frames, num_frames(header))
     if not refused and not frames:
@@ -125,8 +127,7 @@ def _window_source(header: Any, frame: int, rendering: Rendering) -> str:
 
 def _refused(header: Any, sop_class: str, allow: tuple[str, ...]) -> str:
     """Why an object is left out, or ""."""
-    image = all(text_of(header, keyword) for keyword in ("Rows", "Columns", "PhotometricInterpretation"))
-    if not image or sop_class in _NO_IMAGE:
+    if not _has_image(header) or sop_class in _NO_IMAGE:
         return f"no image ({_class_name(sop_class)})"
     if "secondary-capture" not in allow and (
         _is_class(sop_class, _SECONDARY_CAPTURE) or text_of(header, "ConversionType")
@@ -140,6 +141,10 @@ def _refused(header: Any, sop_class: str, allow: tuple[str, ...]) -> str:
     if "burned-in" not in allow and text_of(header, "BurnedInAnnotation").upper() == "YES":
         return "burned-in annotation (--allow burned-in)"
     return ""
+
+
+def _has_image(header: Any) -> bool:
+    return all(text_of(header, keyword) for keyword in ("Rows", "Columns", "PhotometricInterpretation"))
 
 
 def _is_class(sop_class: str, known: str) -> bool:
