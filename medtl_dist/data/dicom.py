@@ -145,23 +145,38 @@ def _transfer_syntax(header: Dataset) -> str:
 
 
 def _check_codestream(file: BinaryIO, header: Dataset, frame: int, syntax: str) -> None:
-    """Compare the size that a compressed frame says of itself with the header's, before a decoder allocates it."""
+    """Look at compressed pixels before a decoder does: a stream that says another size than the header would be allocated,
+    and one that is cut short would be filled up in silence by some decoders."""
     from pydicom.encaps import get_frame
 
-    if not syntax.startswith("1.2.840.10008.1.2.4."):
+    if not syntax.startswith(("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")):
         return
+    head = file.read(12)  # tag, VR, reserved, undefined length: implicit VR cannot be compressed
+    if head[8:12] != b"\xff\xff\xff\xff" or not _whole_fragments(file):
+        raise UnreadableImage("damaged or truncated pixel data")
     try:
-        head = file.read(12)  # tag, VR, reserved, undefined length; implicit VR cannot be encapsulated
-        if head[8:12] != b"\xff\xff\xff\xff":
-            raise UnreadableImage("damaged pixel data")
         encoded = get_frame(file, max(frame, 0), number_of_frames=num_frames(header))
-    except UnreadableImage:
-        raise
     except Exception:
-        raise UnreadableImage("damaged pixel data") from None
+        raise UnreadableImage("damaged or truncated pixel data") from None
     size = codestream_size(encoded)
     if size is not None and size != (number_of(header, "Rows"), number_of(header, "Columns")):
         raise UnreadableImage("compressed pixels of another size than the header's")
+
+
+def _whole_fragments(file: BinaryIO) -> bool:
+    """Whether the items from here on end with the delimiter, or with the file; the file is left where it was."""
+    start, end = file.tell(), os.fstat(file.fileno()).st_size
+    try:
+        while (place := file.tell()) < end:
+            item, length = struct.unpack("<4sI", file.read(8).ljust(8, b"\0"))
+            if item == b"\xfe\xff\xdd\xe0":
+                return True
+            if item != b"\xfe\xff\x00\xe0" or place + 8 + length > end:
+                return False
+            file.seek(length, os.SEEK_CUR)
+        return True
+    finally:
+        file.seek(start)
 
 
 def codestream_size(data: bytes) -> tuple[int, int] | None:
