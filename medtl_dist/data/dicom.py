@@ -202,9 +202,10 @@ def _decode(file: BinaryIO, header: Dataset, frame: int, syntax: str) -> NDArray
         pixels = pixel_array(file, index=max(frame, 0), transfer_syntax_uid=syntax)
         if text_of(header, "PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, header)
-    except Exception:
-        name = _syntax_name(syntax)
-        raise UnreadableImage(f"pixels that cannot be decoded ({name})") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of the RLE plugin, which is written in Rust, is no Exception
+        raise UnreadableImage(f"pixels that cannot be decoded ({_syntax_name(syntax)})") from None
     shape = tuple(int(number_of(header, keyword) or 0) for keyword in ("Rows", "Columns"))
     if pixels.shape not in (shape, (*shape, 3)):
         raise UnreadableImage("pixels of another shape than the header's")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from medtl_dist.data.dicom import codestream_size, is_dicom, read_dicom
+from medtl_dist.data.dicom_headers import Reading, examine
 from medtl_dist.data.dicom_tags import grey_of
 from medtl_dist.data.dicom_window import Rendering, parse_window
 from medtl_dist.data.images import UnreadableImage
@@ -265,6 +268,51 @@ def test_a_truncated_file_is_unreadable_or_whole(tmp_path: Path, keep: float, sy
     data = (tmp_path / "whole").read_bytes()
     (tmp_path / "part").write_bytes(data[: int(len(data) * keep)])
     assert "0x" not in reason(tmp_path / "part")
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """One small image plain, RLE and JPEG 2000, with every kind of table and window."""
+    folder = tmp_path_factory.mktemp("small")
+    lut = sequence_item(LUTDescriptor=[4, 0, 16], LUTData=[0, 1, 2, 3], ModalityLUTType="US")
+    lut["LUTDescriptor"].VR, lut["LUTData"].VR = "US", "US"
+    files = []
+    for syntax in (None, RLELossless, JPEG2000Lossless):
+        ds = dataset(ramp(0, (64, 96)), bits=12, WindowCenter=[5, 6], WindowWidth=[7, 8], NumberOfFrames=1)
+        ds.VOILUTSequence, ds.ModalityLUTSequence = [lut], [lut]
+        ds.PixelPaddingValue = 3
+        if syntax:
+            ds.compress(syntax)
+        save(ds, folder / "x")
+        files.append((folder / "x").read_bytes())
+    return files
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 2), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6), st.booleans()
+)
+def test_damage_anywhere_is_a_reason_or_an_image(
+    small_files: list[bytes], which: int, damage: list[tuple[float, int]], early: bool
+) -> None:
+    """Bytes overwritten in the header, where ``early``, or anywhere: never another error, never a value in the reason."""
+    data = bytearray(small_files[which])
+    for where, value in damage:
+        data[132 + int(where * ((1400 if early else len(data)) - 133))] = value
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        found = examine(file.name, "x", Reading(("PatientID", "KVP", "SOPInstanceUID"), TAGS, ()))
+        assert found is None or len(found.frames) == len(found.windows)
+        try:
+            image = read_dicom(file.name, -1, TAGS)
+        except UnreadableImage as bad:
+            image, reason = np.zeros(0, np.uint8), bad.reason
+        else:
+            reason = "none"
+    assert re.fullmatch(r"[A-Za-z0-9 ,.'()/#=-]+", reason)
+    assert image.dtype == np.uint8
+    assert image.size <= 3 * 100_000_000
 
 
 def test_a_compressed_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:

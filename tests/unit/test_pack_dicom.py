@@ -27,6 +27,7 @@ from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.shards import Dataset, read_split
 from medtl_dist.data.sources import Columns, detect_format
 from medtl_dist.errors import DataError, LeakageError, UserError
+from medtl_dist.report.tables import _stored
 
 BODY = DicomOptions(label_tag="BodyPartExamined")
 
@@ -112,6 +113,8 @@ def test_the_window_is_one_for_the_set_and_its_source_is_counted(tmp_path: Path)
     )
     assert fixed.info["preprocessing"]["window"] == {"policy": "fixed", "low": 100.0, "high": 900.0, "frames": "single"}
     assert list(fixed.info["counted"]["window"]) == ["fixed"]
+    assert "window 100 to 900" in _stored(fixed.info["preprocessing"])
+    assert "window tags" in _stored(packed.info["preprocessing"])
     row = rows_of(fixed)[0]
     number = int(linkage(tmp_path / "fixed")[row["key"].hex()]["file"][-4:])
     exact = np.clip((ramp(number).astype(float) - 100) / 800, 0, 1) * 255
