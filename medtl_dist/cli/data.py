@@ -58,7 +58,9 @@ def pack(
     ] = None,
     image_root: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder that a table's files are relative to [default: the table's]."),
+        typer.Option(
+            metavar="FOLDER", help="Folder that a table's files are relative to [default: the table's; DICOM: SOURCE]."
+        ),
     ] = None,
     positive: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Positive one of two classes [default: last in sorted order].")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from medtl_dist.data.dicom_tags import grey_of, num_frames, number_of, quiet, text_of
+from medtl_dist.data.dicom_tags import MAX_FRAMES, grey_of, num_frames, number_of, quiet, text_of
 from medtl_dist.data.dicom_window import Rendering, render
 from medtl_dist.data.images import MAX_PIXELS, UnreadableImage
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-MAX_FRAMES = 10_000
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
+_RLE = "1.2.840.10008.1.2.5"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _VRS = frozenset(b"AE AS CS DA DS DT FD FL IS LO LT OB OW PN SH SL SS ST TM UI UL UN US UT".split())
 
@@ -149,7 +149,7 @@ def _check_codestream(file: BinaryIO, header: Dataset, frame: int, syntax: str) 
     and one that is cut short would be filled up in silence by some decoders."""
     from pydicom.encaps import get_frame
 
-    if not syntax.startswith(("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")):
+    if not syntax.startswith(("1.2.840.10008.1.2.4.", _RLE)):
         return
     head = file.read(12)  # tag, VR, reserved, undefined length: implicit VR cannot be compressed
     if head[8:12] != b"\xff\xff\xff\xff" or not _whole_fragments(file):
@@ -199,12 +199,14 @@ def _decode(file: BinaryIO, header: Dataset, frame: int, syntax: str) -> NDArray
     from pydicom.pixels.utils import pixel_array
 
     try:
-        pixels = pixel_array(file, index=max(frame, 0), transfer_syntax_uid=syntax)
+        # The RLE plugin in Rust is faster (0.03 s against 0.1 s for 3.8 Mpx), and prints a backtrace for damaged data.
+        plugin = "pydicom" if syntax == _RLE else ""
+        pixels = pixel_array(file, index=max(frame, 0), transfer_syntax_uid=syntax, decoding_plugin=plugin)
         if text_of(header, "PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, header)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # a panic of the RLE plugin, which is written in Rust, is no Exception
+    except BaseException:  # a panic of a plugin written in Rust is no Exception
         raise UnreadableImage(f"pixels that cannot be decoded ({_syntax_name(syntax)})") from None
     shape = tuple(int(number_of(header, keyword) or 0) for keyword in ("Rows", "Columns"))
     if pixels.shape not in (shape, (*shape, 3)):

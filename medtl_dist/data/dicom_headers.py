@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from medtl_dist.data.dicom import is_dicom, read_header
-from medtl_dist.data.dicom_tags import grey_of, inverted, num_frames, quiet, text_of
+from medtl_dist.data.dicom_tags import MAX_FRAMES, grey_of, inverted, num_frames, quiet, text_of
 from medtl_dist.data.dicom_window import Rendering, chosen_frames
 from medtl_dist.data.images import UnreadableImage
 
@@ -106,8 +106,13 @@ def _found(header: Any, name: str, magic: bool, reading: Reading) -> Found | Non
     if not magic and not sop_class.startswith("1.2.840.10008."):
         return None  # it began as DICOM by chance
     values = tuple(text_of(header, keyword) for keyword in reading.keywords)
+    damage = ""
     if not _has_image(header) and (not sop_class or "Image Storage" in _class_name(sop_class)):
-        return Found(name, "", "damaged DICOM header", values, UNREAD, (-1,), ("",))
+        damage = "damaged DICOM header"
+    elif num_frames(header) > MAX_FRAMES:
+        damage = f"more than {MAX_FRAMES} frames"
+    if damage:
+        return Found(name, "", damage, values, UNREAD, (-1,), ("",))
     refused = _refused(header, sop_class, reading.allow)
     frames = [] if refused else chosen_frames(reading.rendering.frames, num_frames(header))
     if not refused and not frames:

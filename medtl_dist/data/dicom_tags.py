@@ -21,6 +21,8 @@ from medtl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+# More frames than any device makes: a header that claims them is damaged, or meant to fill our memory.
+MAX_FRAMES = 10_000
 
 
 def require_pydicom() -> None:
