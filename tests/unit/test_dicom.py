@@ -346,17 +346,21 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path: Path) -> Non
 def test_nothing_is_said_by_the_library(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Values that break the rules of their tags make pydicom warn and log with them; warnings are errors here."""
+    """pydicom warns of an unknown character set with its name, and logs a failing decoder; warnings are errors here."""
     caplog.set_level(logging.DEBUG)
-    ds = dataset(ramp(0), bits=12)
+    ds = dataset(ramp(0, (64, 96)), bits=12, SpecificCharacterSet="ISO_IR 192", PatientID="Zoë")
+    ds.compress(JPEG2000Lossless)
     save(ds, tmp_path / "x")
-    data = (
-        (tmp_path / "x").read_bytes().replace(ds.StudyInstanceUID.encode(), b"CANARY".ljust(len(ds.StudyInstanceUID)))
-    )
+    data = (tmp_path / "x").read_bytes().replace(b"ISO_IR 192", b"CANARY 192").replace("Zoë".encode(), b"CANA")
+    caplog.clear()
     (tmp_path / "x").write_bytes(data)
-    read_dicom(tmp_path / "x", -1, TAGS)
-    (tmp_path / "x").write_bytes(data[: len(data) // 2])
-    reason(tmp_path / "x")
+    found = examine(tmp_path / "x", "x", Reading(("PatientID", "PatientName"), TAGS, ()))
+    assert found is not None
+    assert found.values == ("CANA", "")
+    assert read_dicom(tmp_path / "x", -1, TAGS).shape == (64, 96)
+    stream = data.index(b"\xff\x4f\xff\x51")
+    (tmp_path / "x").write_bytes(data[: stream + 60] + b"CANARY" * 10 + data[stream + 120 :])
+    assert reason(tmp_path / "x").startswith("pixels that cannot be decoded")
     assert caplog.text == ""
     assert capfd.readouterr() == ("", "")
     assert logging.root.manager.disable == 0
