@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 FRAMES = ("single", "first", "middle", "all")
 PERCENTILES = (0.5, 99.5)
+_BLOCK_PX = 2**20
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,12 @@ class Grey:
 
 def render(stored: NDArray[np.integer], grey: Grey) -> NDArray[np.uint8]:
     """Integers [height, width] of at most 16 bits to uint8 [height, width]; padding ends as 0."""
-    lowest = int(stored.min())
-    places = np.subtract(stored, lowest, dtype=np.int32)
-    counts = np.bincount(places.reshape(-1))
+    lowest, height = int(stored.min()), stored.shape[0]
+    counts = np.zeros(int(stored.max()) - lowest + 1, dtype=np.int64)
+    step = max(1, _BLOCK_PX // max(1, stored.shape[1]))  # 64-bit places of a whole image of 100 Mpx would be 800 MB
+    blocks = [slice(start, start + step) for start in range(0, height, step)]
+    for rows in blocks:
+        counts += np.bincount(_places(stored[rows], lowest).reshape(-1), minlength=len(counts))
     candidates = np.arange(lowest, lowest + len(counts), dtype=np.int64)
     padded = np.zeros(len(counts), dtype=bool)
     if grey.padding is not None:
@@ -158,7 +162,14 @@ def render(stored: NDArray[np.integer], grey: Grey) -> NDArray[np.uint8]:
     if grey.invert:
         shown = 1 - shown
     table = np.floor(np.where(padded, 0, shown) * 255 + 0.5).astype(np.uint8)
-    return table[places]
+    pixels = np.empty(stored.shape, dtype=np.uint8)
+    for rows in blocks:
+        np.take(table, _places(stored[rows], lowest), out=pixels[rows])
+    return pixels
+
+
+def _places(stored: NDArray[np.integer], lowest: int) -> NDArray[np.intp]:
+    return np.subtract(stored, lowest, dtype=np.intp)
 
 
 def modality_values(stored: Floats, modality: Rescale | Lut) -> Floats:
