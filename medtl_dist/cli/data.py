@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medtl_dist.cli import dicom_options as dicom
+
 if TYPE_CHECKING:
     from medtl_dist.data.shards import Dataset
 
@@ -23,7 +25,8 @@ app = typer.Typer(
 @app.command()
 def pack(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Folder of images, CSV/Parquet table, or MedMNIST .npz.")
+        Path,
+        typer.Argument(metavar="SOURCE", help="Folder of images, DICOM tree, CSV/Parquet table, or MedMNIST .npz."),
     ],
     out: Annotated[
         str,
@@ -32,7 +35,7 @@ def pack(
         ),
     ],
     source_format: Annotated[
-        str, typer.Option("--format", metavar="auto|folder|table|medmnist", help="What SOURCE is.")
+        str, typer.Option("--format", metavar="auto|folder|table|medmnist|dicom", help="What SOURCE is.")
     ] = "auto",
     image_col: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column of image files [default: file, image, path …].")
@@ -60,7 +63,9 @@ def pack(
     ] = None,
     image_root: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder that a table's files are relative to [default: the table's]."),
+        typer.Option(
+            metavar="FOLDER", help="Folder that a table's files are relative to [default: the table's; DICOM: SOURCE]."
+        ),
     ] = None,
     positive: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Positive one of two classes [default: last in sorted order].")
@@ -97,6 +102,16 @@ def pack(
             metavar="FOLDER", help="Where a set for an address is packed before it is put there [default: .]."
         ),
     ] = None,
+    table: dicom.Table = None,
+    join_on: dicom.JoinOn = None,
+    label_tag: dicom.LabelTag = None,
+    group_tag: dicom.GroupTag = None,
+    domain_tag: dicom.DomainTag = None,
+    keep_tag: dicom.KeepTag = None,
+    keep_window: dicom.KeepWindow = False,
+    window: dicom.WindowPolicy = "percentile",
+    frames: dicom.Frames = "single",
+    allow: dicom.Allow = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
 ) -> None:
     """Pack images into a shard set: tars, index and dataset.json in DEST; key and linkage in DEST.private.
@@ -108,8 +123,12 @@ def pack(
           --group-col split+patient_id --split-col split --keep-col age --image-size 256
       medtl data pack pneumoniamnist.npz --out sets/pneumoniamnist
       medtl data pack labels.csv --out s3://bucket/sets/cxr --staging /scratch --private keys/cxr
+      medtl data pack archive/ --out sets/ward --table labels.csv \\
+          --join-on StudyInstanceUID --label-col finding --keep-tag PatientAge --image-size 256
     """
     from medtl_dist.data.audit import refuse_leaks
+    from medtl_dist.data.dicom_source import DicomOptions
+    from medtl_dist.data.dicom_window import parse_window
     from medtl_dist.data.pack import PackOptions, private_of
     from medtl_dist.data.pack import pack as run_pack
     from medtl_dist.data.sources import Columns
@@ -124,6 +143,17 @@ def pack(
             split=split_col,
             domain=domain_col,
             keep=tuple(keep_col or ()),
+        ),
+        dicom=DicomOptions(
+            rendering=parse_window(window, frames),
+            table=table,
+            join_on=join_on,
+            label_tag=label_tag,
+            group_tags=tuple(group_tag or ()),
+            domain_tag=domain_tag,
+            keep_tags=tuple(keep_tag or ()),
+            keep_window=keep_window,
+            allow=tuple(part for text in allow or () for part in text.split(",")),
         ),
         image_root=image_root,
         positive=positive,

@@ -24,6 +24,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from medtl_dist.data.dicom import read_dicom
+from medtl_dist.data.dicom_window import Rendering
 from medtl_dist.data.images import (
     MAX_PIXELS,
     Encoding,
@@ -41,7 +43,8 @@ _MIN_FOR_PROCESSES = 64
 
 
 class Picture(NamedTuple):
-    """Where the pixels of one image are: a file, or ``row`` of an array in an ``.npy`` file (-1: no array)."""
+    """Where the pixels of one image are: a file, or ``row`` of an array in an ``.npy`` file or of a DICOM file's frames
+    (-1: no array, one frame)."""
 
     file: str
     row: int
@@ -49,13 +52,15 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are stored. ``channels`` 1 or 3; with ``only_grey`` an image in colour is a finding, not converted."""
+    """How images are stored. ``channels`` 1 or 3; with ``only_grey`` an image in colour is a finding, not converted;
+    ``rendering``: the files are DICOM, and this makes pixels of them."""
 
     image_size_px: int | None
     channels: int
     only_grey: bool
     encoding: Encoding
     max_pixels: int = MAX_PIXELS
+    rendering: Rendering | None = None
 
 
 class Stored(NamedTuple):
@@ -86,13 +91,12 @@ class Look(NamedTuple):
 
 
 Result = Stored | Failure | Coloured
-_Work = Callable[[Sequence[Picture], Recipe], Sequence[Any]]
 
 
 def store(picture: Picture, recipe: Recipe) -> Result:
     """Read, shrink, convert and encode one image. Never raises for a bad image: the result says why."""
     try:
-        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+        image = shrink(_pixels(picture, recipe), recipe.image_size_px)
         if recipe.only_grey and not is_grey(image):
             return Coloured()
         image = to_channels(image, recipe.channels)
@@ -105,15 +109,17 @@ def store(picture: Picture, recipe: Recipe) -> Result:
 def look(picture: Picture, recipe: Recipe) -> Look | None:
     """Look at one image without storing it; None if it is unreadable."""
     try:
-        image = shrink(_pixels(picture, recipe.image_size_px, recipe.max_pixels), recipe.image_size_px)
+        image = shrink(_pixels(picture, recipe), recipe.image_size_px)
     except UnreadableImage:
         return None
     return Look(min(image.shape[:2]), is_grey(image))
 
 
-def _pixels(picture: Picture, image_size_px: int | None, max_pixels: int) -> NDArray[np.uint8]:
+def _pixels(picture: Picture, recipe: Recipe) -> NDArray[np.uint8]:
+    if recipe.rendering is not None:
+        return read_dicom(picture.file, picture.row, recipe.rendering, max_pixels=recipe.max_pixels)
     if picture.row < 0:
-        return read_image(picture.file, image_size_px=image_size_px, max_pixels=max_pixels)
+        return read_image(picture.file, image_size_px=recipe.image_size_px, max_pixels=recipe.max_pixels)
     return np.array(_array(picture.file)[picture.row])
 
 
@@ -143,20 +149,23 @@ class Workers:
     def store(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Result]:
         # Whole images at native size can be large: fewer per task then, as results wait in memory for their turn.
         size = 8 if recipe.image_size_px is not None or recipe.encoding == "png" else 2
-        return self._ordered(_store_all, pictures, recipe, size)
+        return self.ordered(functools.partial(_store_all, recipe=recipe), pictures, size)
 
     def look(self, pictures: Iterable[Picture], recipe: Recipe) -> Generator[Look | None]:
-        return self._ordered(_look_all, pictures, recipe, 8)
+        return self.ordered(functools.partial(_look_all, recipe=recipe), pictures, 8)
 
-    def _ordered(self, work: _Work, pictures: Iterable[Picture], recipe: Recipe, size: int) -> Generator[Any]:
+    def ordered(
+        self, work: Callable[[Sequence[Any]], Sequence[Any]], items: Iterable[Any], size: int
+    ) -> Generator[Any]:
+        """The results of ``work``, which takes and returns ``size`` items at a time, in the order of the items."""
         if self._pool is None:
-            for picture in pictures:
-                yield from work([picture], recipe)
+            for item in items:
+                yield from work([item])
             return
         waiting: deque[Future] = deque()
         try:
-            for chunk in _chunks(pictures, size):
-                waiting.append(self._pool.submit(work, chunk, recipe))
+            for chunk in _chunks(items, size):
+                waiting.append(self._pool.submit(work, chunk))
                 if len(waiting) >= self._window:
                     yield from waiting.popleft().result()
             while waiting:
@@ -170,10 +179,10 @@ class Workers:
                 future.cancel()
 
 
-def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    chunk: list[Picture] = []
-    for picture in pictures:
-        chunk.append(picture)
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
         if len(chunk) == size:
             yield chunk
             chunk = []
@@ -182,9 +191,9 @@ def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
 
 
 @contextmanager
-def open_workers(num_workers: int, num_images: int) -> Iterator[Workers]:
-    """Start the processes, and end them whatever happens."""
-    if num_workers <= 1 or num_images < _MIN_FOR_PROCESSES:
+def open_workers(num_workers: int, num_images: int, at_least: int = _MIN_FOR_PROCESSES) -> Iterator[Workers]:
+    """Start the processes, and end them whatever happens; none for fewer than ``at_least`` images."""
+    if num_workers <= 1 or num_images < at_least:
         with _one_thread():
             yield Workers(None, 1)
         _array.cache_clear()  # else the mapped file would keep its disk space

@@ -20,6 +20,7 @@ from medtl_dist.data.sources import Listing
 from medtl_dist.errors import LeakageError, UserError
 
 MAX_CLASSES = 1000
+SMALL_CELL = 5
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def build_manifest(
         LeakageError: a group, or one image, in more than one given split.
     """
     excluded = {row: "empty label" for row, label in enumerate(listing.labels) if not label}
+    excluded |= listing.bad | listing.refused
     excluded |= _repeated(listing, identities, excluded)
     _refuse_leaks(listing, identities, excluded, split_column)
     excluded |= {row: "missing file" for row in missing if row not in excluded}
@@ -249,9 +251,43 @@ def exclusion_counts(manifest: Manifest, excluded: Mapping[int, str]) -> list[di
     ]
 
 
-def cautions(manifest: Manifest, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def fact_counts(manifest: Manifest, excluded: Mapping[int, str]) -> dict[str, dict[str, dict[str, int]]]:
+    """The source's facts of the packed images for ``dataset.json``: fact × value × class."""
+    packed = [row for row in range(len(manifest.listing)) if row not in excluded]
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for fact, values in manifest.listing.counted.items():
+        cells = Counter((values[row], manifest.listing.labels[row]) for row in packed)
+        counts[fact] = {value: {} for value in sorted({value for value, _ in cells})}
+        for (value, label), count in sorted(cells.items()):
+            counts[fact][value][label] = count
+    return counts
+
+
+def small_cells(manifest: Manifest, excluded: Mapping[int, str]) -> str | None:
+    """A caution if combinations of kept values are shared by so few patients that they may single one out."""
+    kept = manifest.listing.kept
+    if kept is None or not kept.column_names:
+        return None
+    patients: defaultdict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for row, values in enumerate(zip(*(column.to_pylist() for column in kept.columns), strict=True)):
+        if row not in excluded:
+            patients[values].add(manifest.identities.groups[row])
+    small = [groups for groups in patients.values() if len(groups) < SMALL_CELL]
+    if not small:
+        return None
+    return (
+        f"the kept {', '.join(kept.column_names)} may single patients out: {len(small)} of {len(patients)} combinations of "
+        f"their values are shared by fewer than {SMALL_CELL} patients ({len(set().union(*small))} patients in all)"
+    )
+
+
+def cautions(
+    manifest: Manifest, splits: Mapping[str, Mapping[str, Any]], excluded: Mapping[int, str] | None = None
+) -> list[str]:
     """What to know before trusting numbers from this set. ``splits``: the counts of ``dataset.json`` by split."""
     found = list(manifest.listing.cautions)
+    if manifest.listing.kind == "dicom" and (caution := small_cells(manifest, excluded or manifest.excluded)):
+        found.append(caution)
     if manifest.identities.source == "none":
         found.append("patients are unknown (group_source none): one patient's images may be in more than one split")
     for name in SPLITS:

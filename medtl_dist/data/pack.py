@@ -24,6 +24,7 @@ import pyarrow as pa
 import medtl_dist
 from medtl_dist.data import manifest as manifests
 from medtl_dist.data.audit import audit
+from medtl_dist.data.dicom_source import DicomOptions, read_dicom_tree
 from medtl_dist.data.encoding import Coloured, Failure, Picture, Recipe, Stored, Workers, open_workers
 from medtl_dist.data.images import EXTENSION, Encoding
 from medtl_dist.data.manifest import Manifest
@@ -58,8 +59,9 @@ class PackOptions:
     """The options of ``medtl data pack``. Raises: UserError, a value out of range.
 
     Attributes:
-        format: ``auto | folder | table | medmnist``.
+        format: ``auto | folder | table | medmnist | dicom``.
         columns: of a table (``sources.Columns``).
+        dicom: of a DICOM tree (``dicom_source.DicomOptions``).
         image_root: folder that a table's paths are relative to; None: the table's own.
         positive: class of label 1 of two classes; None: the last in sorted order.
         fractions: shares of train, val, test, where splits have to be drawn.
@@ -75,6 +77,7 @@ class PackOptions:
 
     format: str = "auto"
     columns: Columns = field(default_factory=Columns)
+    dicom: DicomOptions = field(default_factory=DicomOptions)
     image_root: Path | None = None
     positive: str | None = None
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
@@ -121,14 +124,18 @@ def pack(
     if options.private is not None and options.private.resolve().is_relative_to(dest.resolve()):
         raise UserError(f"--private {options.private} lies inside --out: it names patients, so name a folder elsewhere")
     kind = detect_format(source) if options.format == "auto" else options.format
-    if kind != "table" and (options.columns.any_named or options.image_root):
+    if kind not in ("table", "dicom") and (options.columns.any_named or options.image_root):
         raise UserError(f"{source} is packed as a {kind}, which has no columns: columns are named for tables only")
-    if kind == "folder" and dest.resolve().is_relative_to(source.resolve()):
+    if kind != "dicom" and options.dicom.any_named:
+        raise UserError(
+            f"{source} is packed as a {kind}: tags, --table, --window, --frames and --allow are for DICOM trees"
+        )
+    if kind in ("folder", "dicom") and dest.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {dest} lies inside the folder that is packed: name a folder elsewhere")
     try:
         with work_folder(dest) as work:
             check_destination(dest)
-            listing = _read(source, kind, options, work / "arrays")
+            listing = _read(source, kind, options, work / "arrays", progress)
             _pack_listing(listing, dest, work, options, progress)
             sync_folder(dest.parent)
     except OSError as error:
@@ -144,8 +151,17 @@ def private_of(out: str | Path, options: PackOptions) -> Path:
     return private_folder(dest) if options.private is None else options.private.absolute()
 
 
-def _read(source: Path, kind: str, options: PackOptions, scratch: Path) -> Listing:
+def _read(source: Path, kind: str, options: PackOptions, scratch: Path, progress: Progress | None) -> Listing:
     try:
+        if kind == "dicom":
+            return read_dicom_tree(
+                source,
+                options.columns,
+                options.dicom,
+                image_root=options.image_root,
+                num_workers=options.num_workers or _num_cores(),
+                progress=progress,
+            )
         if kind == "folder":
             return read_folder(source)
         if kind == "table":
@@ -160,13 +176,14 @@ def _pack_listing(listing: Listing, dest: Path, work: Path, options: PackOptions
     identities = manifests.identify(listing, secret)
     # The linkage comes first, so that every key in a message can be looked up, however this ends.
     write_linkage(private, listing, identities, ["not packed"] * len(listing), list(listing.splits))
-    missing = _missing_files(listing)
+    missing = _missing_files(listing) | listing.bad
     write_problems(private, listing, identities, missing)
     if missing and not options.skip_bad:
-        example = min(identities.keys[row] for row in missing).hex()
+        example = min(missing, key=lambda row: identities.keys[row])
+        what = "missing" if not listing.bad else f"missing or damaged ({missing[example]})"
         raise DataError(
-            f"{len(missing)} of {len(listing)} image files are missing (for example key {example}); they are named in "
-            f"{private / PROBLEMS_FILE}; put them in place, or leave them out with --skip-bad"
+            f"{len(missing)} of {len(listing)} image files are {what} (for example key {identities.keys[example].hex()}); "
+            f"they are named in {private / PROBLEMS_FILE}; put them in place, or leave them out with --skip-bad"
         )
     manifest = manifests.build_manifest(
         listing,
@@ -243,7 +260,9 @@ class _Packing:
         size = options.image_size_px
         small = size is not None and size <= MAX_PNG_PX
         encoding: Encoding = "png" if small else "jpeg95"
-        recipe = Recipe(size, channels=3 if options.color == "rgb" else 1, only_grey=False, encoding=encoding)
+        rendering = options.dicom.rendering if self._manifest.listing.kind == "dicom" else None
+        channels = 3 if options.color == "rgb" else 1
+        recipe = Recipe(size, channels, only_grey=False, encoding=encoding, rendering=rendering)
         if options.color != "keep" and size is not None:
             return recipe
         rows = [row for order in self._manifest.order.values() for row in order]
@@ -337,7 +356,7 @@ class _Packing:
                 "image_size_px": recipe.image_size_px,
                 "color": "grey" if recipe.channels == 1 else "rgb",
                 "resize": "none" if recipe.image_size_px is None else "short_side_area",
-                "window": None,
+                "window": None if recipe.rendering is None else recipe.rendering.as_json(),
                 "encoding": recipe.encoding,
             },
             "splits": splits,
@@ -345,8 +364,9 @@ class _Packing:
             "split_source": m.split_source,
             "found": len(m.listing),
             "excluded": manifests.exclusion_counts(m, self.excluded),
+            "counted": manifests.fact_counts(m, self.excluded),
             "notes": self._notes,
-            "cautions": manifests.cautions(m, splits),
+            "cautions": manifests.cautions(m, splits, self.excluded),
             "audit": None,
             "index": written["index"],
         }

@@ -1,21 +1,25 @@
 """images ─► manifest: what a folder, a table or a MedMNIST archive holds, one entry per image, before any choice.
 
-A source is read into columns of text; nothing here opens an image. Names of files and patients stay inside the
-``Listing``: messages name columns, classes and counts, never a value that could be a patient's.
+A source is read into columns of text; nothing here decodes an image (tables: ``tables.py``, DICOM:
+``dicom_source.py``). Names of files and patients stay inside the ``Listing``: messages name columns, classes and
+counts, never a value that could be a patient's.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from medtl_dist.data.dicom import is_dicom
 from medtl_dist.data.split import SPLIT_ALIASES
 from medtl_dist.errors import DataError, UserError
 
@@ -23,7 +27,9 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".pnm", ".jp2")
 )
 TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".parquet", ".pq"))
-FORMATS = ("auto", "folder", "table", "medmnist")
+FORMATS = ("auto", "folder", "table", "medmnist", "dicom")
+# So many files of a folder are looked at to tell DICOM from images.
+_LOOKED_AT = 64
 # Left by operating systems and archivers, never by the owner of the images.
 _CLUTTER = frozenset(("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"))
 
@@ -52,7 +58,9 @@ class Listing:
     ``rows``: position within the file, -1 for a file of one image; ``labels``: class name, "" where there is none;
     ``splits``: ``train | val | test`` or None; ``units``: per ``--group-col`` a column of tuples of texts, None where
     empty; ``listed``: row of the table, for the linkage; ``classes``: every class the source declares, in order of
-    label; ``notes``: choices that were made for the user; ``cautions``: what the user should know.
+    label; ``notes``: choices that were made for the user; ``cautions``: what the user should know; ``refused``: entry to
+    the reason it is left out whatever the options; ``bad``: entry to the reason it cannot be read, known before its
+    pixels are; ``counted``: facts of the images that ``dataset.json`` counts by class, each of the length of ``names``.
     """
 
     kind: str
@@ -67,15 +75,21 @@ class Listing:
     classes: list[str]
     notes: list[str] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    counted: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def detect_format(source: Path) -> str:
-    """``folder | table | medmnist`` by what ``source`` is. Raises: UserError, nothing there, or of no known kind."""
+    """``folder | table | medmnist | dicom`` by what ``source`` is; a folder is ``dicom`` if most of its first files are.
+
+    Raises: UserError, nothing there, or of no known kind.
+    """
     if source.is_dir():
-        return "folder"
+        return "dicom" if _holds_dicom(source) else "folder"
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     if source.suffix.lower() in TABLE_SUFFIXES:
@@ -86,6 +100,19 @@ def detect_format(source: Path) -> str:
         f"{source} is none of: a folder of images, a table (.csv, .tsv, .parquet), a MedMNIST archive (.npz); "
         f"--format {'|'.join(FORMATS[1:])} says what it is"
     )
+
+
+def _holds_dicom(source: Path) -> bool:
+    dicom = images = 0
+    for name in itertools.islice(files_below(source), _LOOKED_AT):
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            images += 1
+        else:
+            try:
+                dicom += is_dicom(source / name)
+            except OSError:  # whoever reads it will say so
+                continue
+    return dicom > images
 
 
 def class_order(classes: set[str]) -> list[str]:
@@ -162,6 +189,16 @@ def _images_below(folder: Path) -> tuple[list[str], int]:
     """Relative posix paths of the images at any depth, sorted, and the number of other files."""
     images: list[str] = []
     others = 0
+    for name in files_below(folder):
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            images.append(name)
+        else:
+            others += 1
+    return sorted(images), others
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Relative posix paths of the files at any depth, clutter left out, links followed; folders in sorted order."""
     visited: set[str] = set()  # a link to a parent folder must not send us round for ever
     for root, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(root)
@@ -170,14 +207,9 @@ def _images_below(folder: Path) -> tuple[list[str], int]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _CLUTTER)
-        for name in files:
-            if name.startswith(".") or name in _CLUTTER:
-                continue
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                images.append(Path(os.path.relpath(os.path.join(root, name), folder)).as_posix())
-            else:
-                others += 1
-    return sorted(images), others
+        for name in sorted(files):
+            if not name.startswith(".") and name not in _CLUTTER:
+                yield Path(os.path.relpath(os.path.join(root, name), folder)).as_posix()
 
 
 def _raise(error: OSError) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,9 +25,22 @@ from medtl_dist.data.split import SPLIT_ALIASES
 from medtl_dist.errors import DataError, UserError
 
 # Tried in this order when no column is named.
-_IMAGE_COLUMNS = ("file", "image", "path", "filename", "filepath", "image_path")
+IMAGE_COLUMNS = ("file", "image", "path", "filename", "filepath", "image_path")
 _LABEL_COLUMNS = ("label", "class", "target")
 _RESERVED = {item.name for item in INDEX_FIELDS} | {"class"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table's columns by their meaning, as in ``Listing``; ``images``: what names the image of each row, as written."""
+
+    images: list[str]
+    labels: list[str]
+    splits: list[str | None]
+    domains: list[str | None]
+    units: dict[str, list[tuple[str, ...] | None]]
+    kept: pa.Table | None
+    notes: list[str]
 
 
 def read_table(source: Path, columns: Columns, image_root: Path | None = None) -> Listing:
@@ -36,9 +50,34 @@ def read_table(source: Path, columns: Columns, image_root: Path | None = None) -
 
     Raises: UserError, a column that is missing, empty or has unknown values; DataError, a damaged file.
     """
-    header = _header(source)
-    image = _choose(columns.image, _IMAGE_COLUMNS, "--image-col", header, source)
-    label = _choose(columns.label, _LABEL_COLUMNS, "--label-col", header, source)
+    rows = read_rows(source, columns)
+    root = (image_root or source.parent).absolute()
+    names = [relative_name(value, root) for value in rows.images]
+    return Listing(
+        kind="table",
+        names=names,
+        files=[os.path.join(root, name) for name in names],
+        rows=[-1] * len(names),
+        labels=rows.labels,
+        splits=rows.splits,
+        domains=rows.domains,
+        units=rows.units,
+        kept=rows.kept,
+        classes=class_order({value for value in rows.labels if value}),
+        notes=rows.notes,
+    )
+
+
+def read_rows(
+    source: Path, columns: Columns, usual_images: Sequence[str] = IMAGE_COLUMNS, *, needs_label: bool = True
+) -> Rows:
+    """Read the named columns of a table. ``usual_images``: tried in this order for the column that names images.
+
+    Raises: as ``read_table``.
+    """
+    header = column_names(source)
+    image = _choose(columns.image, usual_images, "--image-col", header, source)
+    label = _choose(columns.label, _LABEL_COLUMNS, "--label-col", header, source) if needs_label else None
     composites = {option: _composite(option, header, source) for option in columns.group}
     if [label] in composites.values():
         raise UserError(f"--group-col {label} is the label column: groups are patients, or what else images share")
@@ -50,15 +89,13 @@ def read_table(source: Path, columns: Columns, image_root: Path | None = None) -
         if name in _RESERVED:
             raise UserError(f"--keep-col {name}: the index has a column of that name already; rename it in {source}")
 
-    optional = [name for name in (columns.split, columns.domain) if name is not None]
-    as_text = dict.fromkeys([image, label, *itertools.chain(*composites.values()), *optional])
+    optional = [name for name in (label, columns.split, columns.domain) if name is not None]
+    as_text = dict.fromkeys([image, *itertools.chain(*composites.values()), *optional])
     table = _load(source, header, list(as_text), list(dict.fromkeys(columns.keep)))
     if table.num_rows == 0:
         raise UserError(f"{source} has no rows: a row per image expected")
     text = {name: _texts(table[f"text {name}"], name, source) for name in as_text}
 
-    root = (image_root or source.parent).absolute()
-    names = [_relative(value, root) for value in text[image]]
     _require_filled([bool(value) for value in text[image]], f"image column {image!r}", source)
     units = {option: _units([text[name] for name in parts]) for option, parts in composites.items()}
     if units:
@@ -71,24 +108,22 @@ def read_table(source: Path, columns: Columns, image_root: Path | None = None) -
     notes = []
     if columns.image is None:
         notes.append(f"images are named by column {image!r} (--image-col)")
-    if columns.label is None:
+    if columns.label is None and label is not None:
         notes.append(f"labels are read from column {label!r} (--label-col)")
-    return Listing(
-        kind="table",
-        names=names,
-        files=[os.path.join(root, name) for name in names],
-        rows=[-1] * len(names),
-        labels=text[label],
-        splits=_splits(text[columns.split], columns.split, source) if columns.split else [None] * len(names),
-        domains=[value or None for value in text[columns.domain]] if columns.domain else [None] * len(names),
+    empty: list[str | None] = [None] * table.num_rows
+    return Rows(
+        images=text[image],
+        labels=text[label] if label is not None else [""] * table.num_rows,
+        splits=_splits(text[columns.split], columns.split, source) if columns.split else empty,
+        domains=[value or None for value in text[columns.domain]] if columns.domain else empty,
         units=units,
         kept=_kept(table, columns.keep) if columns.keep else None,
-        classes=class_order({value for value in text[label] if value}),
         notes=notes,
     )
 
 
-def _header(source: Path) -> list[str]:
+def column_names(source: Path) -> list[str]:
+    """The columns of a table. Raises: as ``read_table``."""
     if not source.is_file():
         raise UserError(f"no such table: {source}")
     if source.suffix.lower() in (".parquet", ".pq"):
@@ -204,7 +239,8 @@ def _texts(column: pa.ChunkedArray, name: str, source: Path) -> list[str]:
     return ["" if value is None else str(value).strip() for value in values]
 
 
-def _relative(value: str, root: Path) -> str:
+def relative_name(value: str, root: Path) -> str:
+    """A path of a table as relative posix path below ``root`` where it lies there."""
     if os.path.isabs(value):
         relative = os.path.relpath(value, root)
         return value if relative.startswith("..") else Path(relative).as_posix()

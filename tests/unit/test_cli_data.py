@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from dicom_files import write_tree
 from image_folders import write_folder, write_table
 from typer.testing import CliRunner
 
@@ -42,6 +44,33 @@ def test_pack_prints_what_the_set_holds(tmp_path: Path) -> None:
     assert again == lines[:-1]
 
 
+def test_dicom_options_reach_the_library(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "in", 24, BurnedInAnnotation="YES", PatientAge="095Y", Manufacturer="Maker")
+    facts = json.loads(
+        run(
+            "pack", source, "--out", tmp_path / "set", "--label-tag", "BodyPartExamined", "--group-tag", "StudyInstanceUID",
+            "--domain-tag", "Manufacturer", "--keep-tag", "PatientAge", "--keep-tag", "PatientSex", "--keep-window",
+            "--window", "-10,1000.5", "--frames", "first", "--allow", "ultrasound,burned-in", "--workers", 1, "--json",
+        )
+    )  # fmt: skip
+    assert facts["group_source"] == "column StudyInstanceUID"
+    assert facts["preprocessing"]["window"] == {"policy": "fixed", "low": -10.0, "high": 1000.5, "frames": "first"}
+    rows = pq.read_table(tmp_path / "set/index.parquet").to_pylist()
+    assert {(r["domain"], r["PatientAge"], r["PatientSex"], r["window"]) for r in rows} == {
+        ("Maker", 90, None, "fixed")
+    }
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["patient,label", *(f"P{n},{'ab'[n % 2]}" for n in range(12))]), encoding="ascii")
+    out = run(
+        "pack", source, "--out", tmp_path / "joined", "--table", table, "--join-on", "PatientID", "--image-col", "patient",
+        "--allow", "burned-in", "--workers", 1,
+    )  # fmt: skip
+    assert "note: the table is joined on PatientID (--join-on)" in out
+    assert "groups: column PatientID; splits: by group" in out
+    with pytest.raises(UserError, match="--window wide: tags, percentile, or LO,HI"):
+        run("pack", source, "--out", tmp_path / "none", "--label-tag", "Modality", "--window", "wide")
+
+
 def test_json_is_the_dataset_file_and_where_it_is(tmp_path: Path) -> None:
     facts = json.loads(run("pack", write_folder(tmp_path / "in"), "--out", tmp_path / "set", "--seed", 3, "--json"))
     assert facts["folder"] == str(tmp_path / "set")
@@ -60,7 +89,7 @@ def test_unknown_patients_are_said_twice(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--split", "1,2"], "three shares of train, val, test"),
-        (["--format", "dicom"], "--format dicom: one of auto, folder, table, medmnist expected"),
+        (["--format", "dcm"], "--format dcm: one of auto, folder, table, medmnist, dicom expected"),
         (["--label-col", "diagnosis"], "its columns: file, label, patient_id, split, site, age"),
         (["--key-file", "none.key"], "key file none.key cannot be read"),
     ],

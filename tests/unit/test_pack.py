@@ -306,7 +306,7 @@ def test_a_typing_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-@pytest.mark.parametrize("options", [{"format": "dicom"}, {"color": "blue"}, {"image_size_px": 4}, {"num_workers": 0}])
+@pytest.mark.parametrize("options", [{"format": "dcm"}, {"color": "blue"}, {"image_size_px": 4}, {"num_workers": 0}])
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match="expected"):
         PackOptions(**options)
