@@ -76,6 +76,8 @@ def test_loader_processes_make_their_own_connections(local: Dataset, remote: Dat
     ids=lambda fault: fault.kind,
 )  # fmt: skip
 def test_faults_change_nothing_but_the_time(local: Dataset, remote: Dataset, proxy: Proxy, fault: Fault) -> None:
+    # Readers share the count of requests, so by chance one of them may meet several faults in a row: more tries.
+    remote = open_dataset(remote.folder, options_for(proxy, retries=15))
     every = 25 if fault.kind == "stall" else 3  # each costs the whole time-out
     numbers = itertools.count(1)
 
@@ -85,7 +87,7 @@ def test_faults_change_nothing_but_the_time(local: Dataset, remote: Dataset, pro
     proxy.choose = choose
     begun = time.monotonic()
     batches = epoch_of(remote)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     assert len(proxy.requests) > every  # so something did break
     assert same(batches, epoch_of(local))
 
