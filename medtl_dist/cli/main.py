@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from medtl_dist import __version__
@@ -19,6 +19,9 @@ from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.cli.verify import index, verify
 from medtl_dist.errors import MedtlError
+
+# Typer's own since it carries its own Click, that package's before; either way the base of what typer exports.
+_UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 app = typer.Typer(
     name="medtl",
@@ -59,10 +62,10 @@ def run(arguments: list[str] | None = None) -> int:
         for line in error.message.splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -11,6 +11,7 @@ from dicom_files import write_tree
 from image_folders import write_folder, write_table
 from typer.testing import CliRunner
 
+from medtl_dist.cli import main
 from medtl_dist.cli.data import app
 from medtl_dist.errors import MedtlError, UserError
 
@@ -106,3 +107,23 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: st
 @pytest.mark.parametrize("command", ["pack", "info"])
 def test_help_has_an_example(command: str) -> None:
     assert f"medtl data {command} " in run(command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["data", "pack", "x", "--lable-col", "y"], "--lable-col"),
+        (["data", "pack"], "SOURCE"),
+        (["data", "info", "a", "b"], "unexpected extra argument"),
+        (["trian"], "trian"),
+        (["train", "--set"], "--set"),
+    ],
+)
+def test_a_mistyped_command_line_is_two_and_no_traceback(
+    command: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(command) == 2
+    errors = capsys.readouterr().err
+    assert says in errors
+    assert "Traceback" not in errors
+    assert "bug" not in errors
