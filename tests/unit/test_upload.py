@@ -51,11 +51,13 @@ def test_a_stop_while_uploading_keeps_the_packed_set_and_clears_the_store(store:
 
 
 def test_what_another_writer_has_put_there_meanwhile_is_left_alone(store: Path, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        (store / "test-000000.tar").write_text("theirs")
+
     with (
         pytest.raises(UserError, match="written to by somebody else meanwhile"),
-        upload.staged_upload("s3://bucket/set", tmp_path / "staging") as folder,
+        upload.staged_upload("s3://bucket/set", tmp_path / "staging", progress=progress) as folder,
     ):
         packed_into(folder)
-        (store / "test-000000.tar").write_text("theirs")
     assert "dataset.json" not in {path.name for path in store.iterdir()}
     assert (store / "test-000000.tar").read_text() == "theirs"
