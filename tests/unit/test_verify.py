@@ -21,7 +21,7 @@ from shard_sets import write_set
 from typer.testing import CliRunner
 
 from medtl_dist.cli import main
-from medtl_dist.data import verify as verify_module
+from medtl_dist.data import index_check
 from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.shards import INDEX_FIELDS, Dataset, open_dataset
 from medtl_dist.data.sources import Columns
@@ -323,7 +323,7 @@ def test_keys_and_groups_are_compared_in_shares_as_at_once(folder: Path, monkeyp
 
     edit_index(folder, spoil)
     at_once = set(verify(folder, 1).faults)
-    monkeypatch.setattr(verify_module, "_AT_ONCE", 5)
+    monkeypatch.setattr(index_check, "_AT_ONCE", 5)
     assert set(verify(folder, 1).faults) == at_once
     assert {"key", "group"} <= {fault.kind for fault in at_once}
 
