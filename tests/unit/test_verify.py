@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_folders import write_folder, write_table
 from shard_sets import write_set
+from time_limit import within
 from typer.testing import CliRunner
 
 from medtl_dist.cli import main
@@ -250,7 +251,8 @@ def other_group(rows: list[dict[str, Any]]) -> None:
 )  # fmt: skip
 def test_damage_is_named(folder: Path, damage: Callable[[Path], None], kind: str, file: str, says: str) -> None:
     damage(folder)
-    found = faults(folder)
+    with within(30):
+        found = faults(folder)
     assert any(fault[:2] == (kind, file) and re.search(says, fault[2]) for fault in found), found
     assert "Doe" not in str(found)
 
