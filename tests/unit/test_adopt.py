@@ -268,6 +268,11 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out.splitlines()
     assert code == 0
     assert printed[0] == f"{folder}: 23 images, binary, positive a; grey, native size, as found"
+    assert (
+        printed[2]
+        == "adopted: tars of another tool, indexed where they lie; label from field 'finding', domain from field 'site'"
+    )
+    assert "domains of train: N 9, S 8" in printed
     assert printed[-1].startswith(f"{folder}.private names files and patients")
     (folder / "dataset.json").unlink()
     assert main.run(["data", "index", str(folder), "--workers", "1", "--json"]) == 0

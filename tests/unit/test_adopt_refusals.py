@@ -76,6 +76,12 @@ def test_a_truncated_jpeg_is_not_adopted_though_training_would_decode_it(tmp_pat
     assert "the image can't be decoded, or not to its end" in refused(tmp_path / "t")
 
 
+def test_tars_without_any_cls_are_a_slip(tmp_path: Path) -> None:
+    write_shards(tmp_path / "t", "val", [item("val", number, cls=None) for number in range(3)])
+    said = refused(tmp_path / "t", UserError)
+    assert said.endswith("with --label-field; there are: age, finding, patient, site, weight")
+
+
 def test_a_field_that_no_sample_has_is_a_slip(folder: Path) -> None:
     said = refused(folder, UserError, fields=Fields("findings"))
     assert said == "no .json member has a field 'findings'; the first ones have: age, finding, patient, site, weight"

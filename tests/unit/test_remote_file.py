@@ -8,6 +8,7 @@ import io
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from time_limit import within
 
 from medtl_dist.data.ranges import Ranges
 from medtl_dist.data.remote_file import RemoteFile
@@ -50,7 +51,7 @@ def opened(store: Store, size: int = len(DATA), part_bytes: int = 700) -> Remote
 @settings(max_examples=50, deadline=None)
 def test_any_walk_reads_what_a_file_would(walk: list[tuple[int, int]], part_bytes: int) -> None:
     plain = io.BytesIO(DATA)
-    with opened(Store(), part_bytes=max(part_bytes, 50)) as file:
+    with within(20), opened(Store(), part_bytes=max(part_bytes, 50)) as file:
         for place, count in walk:
             plain.seek(place)
             file.seek(place)

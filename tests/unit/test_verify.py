@@ -251,7 +251,7 @@ def other_group(rows: list[dict[str, Any]]) -> None:
 )  # fmt: skip
 def test_damage_is_named(folder: Path, damage: Callable[[Path], None], kind: str, file: str, says: str) -> None:
     damage(folder)
-    with within(30):
+    with within(15):
         found = faults(folder)
     assert any(fault[:2] == (kind, file) and re.search(says, fault[2]) for fault in found), found
     assert "Doe" not in str(found)
