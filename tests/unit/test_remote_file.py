@@ -6,7 +6,7 @@ import hashlib
 import io
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from time_limit import within
 
@@ -48,10 +48,10 @@ def opened(store: Store, size: int = len(DATA), part_bytes: int = 700) -> Remote
 @given(
     st.lists(st.tuples(st.integers(0, 5200), st.integers(0, 3000)), max_size=12), st.sampled_from([1, 64, 700, 9000])
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, phases=[Phase.generate])  # no shrinking: a walk that hangs fails once
 def test_any_walk_reads_what_a_file_would(walk: list[tuple[int, int]], part_bytes: int) -> None:
     plain = io.BytesIO(DATA)
-    with within(20), opened(Store(), part_bytes=max(part_bytes, 50)) as file:
+    with within(5), opened(Store(), part_bytes=max(part_bytes, 50)) as file:
         for place, count in walk:
             plain.seek(place)
             file.seek(place)
