@@ -18,7 +18,9 @@ _SHOWN = 10
 
 
 def audit(
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder or address (s3://, gs://, https://) of a shard set.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder or address (s3://, gs://, https://) of a shard set.")
+    ],
     accept: Annotated[
         Path | None,
         typer.Option(

@@ -261,7 +261,8 @@ def _in_cells(queries: Floats, vectors: Floats, cells: tuple[list[NDArray[np.int
             best = found.reshape(len(query), _PARTS, rows).argmax(axis=2) + np.arange(_PARTS) * rows
             cosines[query, probe] = np.take_along_axis(found, best, axis=1)
             others[query, probe] = inside[np.minimum(best, len(inside) - 1)]
-    cosines, others = (values.reshape(len(queries), _PROBES * _PARTS) for values in (cosines, others))
+    cosines = cosines.reshape(len(queries), _PROBES * _PARTS)
+    others = others.reshape(len(queries), _PROBES * _PARTS)
     kept = np.argpartition(-cosines, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
     cosine = np.take_along_axis(cosines, kept, axis=1).ravel()
     places = np.flatnonzero(cosine >= _LEAST_COSINE)

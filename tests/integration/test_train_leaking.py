@@ -14,7 +14,17 @@ from medtl_dist.data.shards import open_dataset, read_split
 
 def test_a_leaking_set_is_complete_and_its_runs_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write_entries(tmp_path / "source", [*base(40), Entry(texture(0), "Doe-same", "test")])
-    pack = ["data", "pack", str(table), "--out", str(tmp_path / "set"), "--group-col", "patient", "--split-col", "split"]
+    pack = [
+        "data",
+        "pack",
+        str(table),
+        "--out",
+        str(tmp_path / "set"),
+        "--group-col",
+        "patient",
+        "--split-col",
+        "split",
+    ]
     assert run([*pack, "--workers", "1"]) == 4
     assert "1 pair of images show the same picture in two splits" in capsys.readouterr().err
     dataset = open_dataset(tmp_path / "set")

@@ -65,14 +65,14 @@ def pairs_of(first: list[int], second: list[int], score: list[float]) -> Pairs:
 
 def test_a_ladder_goes_down_from_suspected_pairs_only() -> None:
     found = pairs_of([0, 0, 0, 2, 4], [1, 2, 3, 3, 5], [0.9, 0.8, 0.7, 0.6, 0.99])
-    ladder = Ladder(found, np.array([0, 1, 2, 3, 4, 4]))
+    ladder = Ladder(found, np.array([0, 1, 2, 3, 4, 4], np.int32))
     assert ladder.places.tolist() == [0, 1, 2]  # 4 and 5 are one group; 1 meets 0 only
     assert ladder.climb_down(np.array([0]))
     assert ladder.places.tolist() == [0, 1, 2]  # 0 goes on to 2; 1 has nobody else
     assert ladder.climb_down(np.array([1]))
     assert ladder.places.tolist() == [0, 2, 3]  # 0 goes on to 3, and so does 2
     assert not ladder.climb_down(np.array([0]))
-    assert len(Ladder(pairs_of([0] * 9, list(range(1, 10)), [0.5] * 9), np.arange(10)).places) == 9
+    assert len(Ladder(pairs_of([0] * 9, list(range(1, 10)), [0.5] * 9), np.arange(10, dtype=np.int32)).places) == 9
     assert RUNGS < 9
 
 
