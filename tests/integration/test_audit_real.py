@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dicom_files import write
-from PIL import Image
 
 from medtl_dist.data.audit import Audit, audit
 from medtl_dist.data.audit_fix import fix
@@ -44,12 +43,11 @@ def finding(found: Audit, kind: str) -> Finding | None:
 
 
 def identical_files(table: Path) -> set[frozenset[str]]:
-    """Files of equal pixels, by a hash of what Pillow decodes: nothing of ours."""
+    """Files of equal bytes. Of all of Kermany's no others have equal pixels."""
     by_hash: defaultdict[str, set[str]] = defaultdict(set)
     with table.open() as stream:
         for row in csv.DictReader(stream):
-            with Image.open(table.parent / row["file"]) as image:
-                by_hash[hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()].add(row["file"])
+            by_hash[hashlib.sha256((table.parent / row["file"]).read_bytes()).hexdigest()].add(row["file"])
     return {frozenset(files) for files in by_hash.values() if len(files) > 1}
 
 
@@ -66,11 +64,11 @@ def some_rows(folder: Path, chosen: Callable[[int, dict[str, str]], bool]) -> Pa
 
 @needs(KERMANY)
 def test_kermany_split_by_image_leaks_its_duplicates(tmp_path: Path) -> None:
-    """Packed without patients, among every seventh other image; every one of the 30 sets of identical files is found, and
+    """Packed without patients, among every tenth other image; every one of the 30 sets of identical files is found, and
     hardly anything else is confirmed: nearly identical exposures of one patient."""
     expected = identical_files(KERMANY)
     copies = {file for group in expected for file in group}
-    table = some_rows(tmp_path, lambda number, row: row["file"] in copies or number % 7 == 0)
+    table = some_rows(tmp_path, lambda number, row: row["file"] in copies or number % 10 == 0)
     options = PackOptions(columns=Columns(label="class"), image_root=KERMANY.parent, num_workers=1)
     dataset = pack(table, tmp_path / "set", options)
     recorded = dataset.info["audit"]
@@ -89,8 +87,10 @@ def test_kermany_split_by_image_leaks_its_duplicates(tmp_path: Path) -> None:
 
 @needs(KERMANY)
 def test_the_pair_under_two_ids_is_found_and_joined(tmp_path: Path) -> None:
-    """NORMAL2-IM-0095 and 0096 of the given test split are one image; the rest of test comes along, as the 600 others."""
-    table = some_rows(tmp_path, lambda number, row: row["split"] == "test")
+    """NORMAL2-IM-0095 and 0096 of the given test split are one image; a quarter of that split comes along."""
+    table = some_rows(
+        tmp_path, lambda number, row: row["split"] == "test" and (number % 4 == 0 or "NORMAL2-IM-009" in row["file"])
+    )
     columns = Columns(label="class", group=("split+patient_id",))
     dataset = pack(table, tmp_path / "set", PackOptions(columns=columns, image_root=KERMANY.parent, num_workers=1))
     found = audit(dataset, num_workers=1)
