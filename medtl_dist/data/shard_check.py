@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import Any, BinaryIO, NamedTuple
 
+from medtl_dist.data.label_sets import TASK, row_objection
 from medtl_dist.data.shards import INDEX_FIELDS, Dataset, Shard, read_shard_rows
 from medtl_dist.data.sidecars import BadSample, Fields, look_at, parse_json, read_told
 from medtl_dist.data.tars import Member, Refused, TarSample, read_members, read_samples
@@ -44,12 +45,14 @@ class Task:
 
 @dataclass
 class ShardResult:
-    """What was found. ``classes``, ``domains``: samples per name by the index; None if it could not be read."""
+    """What was found. ``classes``, ``domains``: samples per name by the index; None if it could not be read. ``others``: of
+    label sets the ``negatives`` and ``unknown`` of each class."""
 
     shard: Shard
     faults: list[Fault] = field(default_factory=list)
     classes: Counter[str] | None = None
     domains: Counter[str] | None = None
+    others: dict[str, Counter[str]] = field(default_factory=dict)
 
     def fault(self, kind: str, what: str, key: str | None = None) -> None:
         self.faults.append(Fault(kind, self.shard.name, what, key))
@@ -111,11 +114,25 @@ def _rows(task: Task, result: ShardResult) -> list[dict[str, Any]]:
         for what in _row_objections(row, task, end):
             result.fault("index", f"its index row {what}", _key(row))
         end = (row["offset"] or 0) + (row["size"] or 0)
-        if isinstance(row["label"], int) and 0 <= row["label"] < len(task.dataset.classes):
-            result.classes[task.dataset.classes[row["label"]]] += 1
+        result.classes.update(classes_of(row["label"], task.dataset))
+        for name, value in (("negatives", 0), ("unknown", None)):
+            if task.dataset.task == TASK:
+                with_value = classes_of(row["label"], task.dataset, value)
+                result.others.setdefault(name, Counter()).update(with_value)
         if row["domain"] is not None:
             result.domains[row["domain"]] += 1
     return rows
+
+
+def classes_of(label: Any, dataset: Dataset, value: int | None = 1) -> list[str]:
+    """The names of the classes that an index row's label says are present; of a label that is none, none.
+
+    ``value``: of label sets, the classes with this value instead.
+    """
+    if dataset.task == TASK:
+        whole = row_objection(label, len(dataset.classes)) is None
+        return [name for name, found in zip(dataset.classes, label, strict=True) if found == value] if whole else []
+    return [dataset.classes[label]] if isinstance(label, int) and 0 <= label < len(dataset.classes) else []
 
 
 def _row_objections(row: dict[str, Any], task: Task, end: int) -> Iterator[str]:
@@ -125,7 +142,10 @@ def _row_objections(row: dict[str, Any], task: Task, end: int) -> Iterator[str]:
         return
     if row["shard"] != task.shard.name or row["split"] != task.shard.split:
         yield "names another shard or split"
-    if not 0 <= row["label"] < len(task.dataset.classes):
+    if task.dataset.task == TASK:
+        if what := row_objection(row["label"], len(task.dataset.classes)):
+            yield what
+    elif not 0 <= row["label"] < len(task.dataset.classes):
         yield f"has label {row['label']}, of {len(task.dataset.classes)} classes"
     if not HASH.fullmatch(row["group"]):
         yield "has a group that is no hash; is it a patient's own id?"
@@ -231,9 +251,9 @@ def _json_faults(sample: TarSample, row: dict[str, Any], dataset: Dataset) -> It
         return
     told = parse_json(sample.texts["json"].data)
     kept = {name: value for name, value in row.items() if name not in _FACTS}
-    label = row["label"]
-    known = isinstance(label, int) and 0 <= label < len(dataset.classes)
-    expected = {"class": dataset.classes[label] if known else None, "label": label, **kept}
+    label, names = row["label"], classes_of(row["label"], dataset)
+    one_label = names[0] if names else None
+    expected = {"class": names if dataset.task == TASK else one_label, "label": label, **kept}
     if told.keys() != expected.keys():
         yield "json", f"its .json has other fields than: {', '.join(sorted(expected))}"
     for name in sorted(told.keys() & expected.keys()):

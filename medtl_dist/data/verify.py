@@ -156,7 +156,8 @@ def _index_faults(dataset: Dataset) -> Iterator[Fault]:
     shards = [shard for split in sorted(dataset.splits) for shard in dataset.shards(split)]
     if metadata.num_row_groups != len(shards):
         yield Fault("index", INDEX_FILE, f"has {metadata.num_row_groups} row groups for {len(shards)} shards")
-    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    # A list, as of several labels an image, is one column whose path goes on.
+    names = [metadata.schema.column(number).path.partition(".")[0] for number in range(metadata.num_columns)]
     if names[: len(INDEX_FIELDS)] != [field.name for field in INDEX_FIELDS]:
         yield Fault("index", INDEX_FILE, "has other columns than the format's")
 
@@ -239,6 +240,7 @@ def _count_faults(dataset: Dataset, results: list[ShardResult], groups: dict[str
         listed = {shard["name"]: shard for shard in entry["shards"]}
         classes: Counter[str] = Counter()
         domains: Counter[str] = Counter()
+        others: defaultdict[str, Counter[str]] = defaultdict(Counter)
         whole = True
         for result in (result for result in results if result.shard.split == split):
             if result.classes is None or result.domains is None:
@@ -246,7 +248,9 @@ def _count_faults(dataset: Dataset, results: list[ShardResult], groups: dict[str
                 continue
             classes += result.classes
             domains += result.domains
-            for name, found in (("classes", result.classes), ("domains", result.domains)):
+            for name, found in result.others.items():
+                others[name] += found
+            for name, found in (("classes", result.classes), ("domains", result.domains), *result.others.items()):
                 told = listed[result.shard.name].get(name)
                 if told is not None and _nonzero(told) != found:
                     yield Fault("counts", DATASET_FILE, f"{name} of {result.shard.name} differ from the index")
@@ -254,6 +258,9 @@ def _count_faults(dataset: Dataset, results: list[ShardResult], groups: dict[str
             continue
         if _nonzero(entry.get("classes")) != classes:
             yield Fault("counts", DATASET_FILE, f"classes of split {split} differ from the index")
+        for name, found in others.items():
+            if _nonzero(entry.get(name)) != found:
+                yield Fault("counts", DATASET_FILE, f"{name} of split {split} differ from the index")
         if _nonzero(entry.get("domains")) != domains:
             yield Fault("counts", DATASET_FILE, f"domains of split {split} differ from the index")
         if groups is not None and entry.get("groups") != groups.get(split, 0):
