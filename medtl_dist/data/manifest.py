@@ -37,8 +37,9 @@ class Identities:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What will be packed. ``labels``: int64 per entry, -1 without a label, or label sets int8 [entries, classes]; ``splits``: per entry, None if it was left
-    out before the draw; ``excluded``: entry to reason; ``order``: per split its entries in packing order."""
+    """What will be packed. ``labels``: int64 per entry, -1 without a label, or label sets int8 [entries, classes];
+    ``splits``: per entry, None if it was left out before the draw; ``excluded``: entry to reason; ``order``: per split its
+    entries in packing order."""
 
     listing: Listing
     identities: Identities

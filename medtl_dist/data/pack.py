@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from medtl_dist.data.audit import audit
 from medtl_dist.data.dicom_source import DicomOptions, read_dicom_tree
 from medtl_dist.data.encoding import Coloured, Failure, Picture, Recipe, Stored, Workers, open_workers
 from medtl_dist.data.images import EXTENSION, Encoding
-from medtl_dist.data.label_sets import TASK, Tally, as_list
+from medtl_dist.data.label_sets import TASK, as_list
 from medtl_dist.data.manifest import Manifest
 from medtl_dist.data.private import (
     LINKAGE_FILE,
@@ -37,7 +36,7 @@ from medtl_dist.data.private import (
     write_linkage,
     write_problems,
 )
-from medtl_dist.data.shard_writer import Facts, SetWriter, sync_folder, write_dataset_file
+from medtl_dist.data.shard_writer import Facts, SetWriter, SplitCounts, sync_folder, write_dataset_file
 from medtl_dist.data.shards import FORMAT_VERSION, SPLITS, Dataset, open_dataset
 from medtl_dist.data.sources import FORMATS, Columns, Listing, detect_format, read_folder, read_medmnist
 from medtl_dist.data.staging import check_destination, work_folder
@@ -300,7 +299,7 @@ class _Packing:
             total = sum(map(len, self._manifest.order.values()))
             for split in sorted(self._manifest.order):
                 rows = self._manifest.order[split]
-                counts = _Counts(self._manifest.classes, label_classes)
+                counts = SplitCounts(self._manifest.classes, label_classes)
                 writer.begin_split(split, len(rows))
                 with closing(workers.store(self._pictures(rows), recipe)) as results:
                     for row, result, facts in zip(rows, results, self._facts(rows), strict=True):
@@ -383,30 +382,4 @@ class _Packing:
             "cautions": manifests.cautions(m, splits, self.excluded),
             "audit": None,
             "index": written["index"],
-        }
-
-
-class _Counts:
-    """A split's counts for ``dataset.json``, taken from what was really written."""
-
-    def __init__(self, classes: tuple[str, ...], label_classes: tuple[str, ...] | None) -> None:
-        self._classes = classes
-        self._samples = 0
-        self._tally = Tally(label_classes)
-        self._domains: defaultdict[str, int] = defaultdict(int)
-        self._groups: set[str] = set()
-
-    def add(self, facts: Facts) -> None:
-        self._samples += 1
-        self._tally.add(facts.class_name, facts.label)
-        self._groups.add(facts.group)
-        if facts.domain is not None:
-            self._domains[facts.domain] += 1
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "samples": self._samples,
-            "groups": len(self._groups),
-            **self._tally.as_dict(self._classes),
-            "domains": dict(sorted(self._domains.items())),
         }

@@ -48,8 +48,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows]
-    (``labels`` of label sets int8 [rows, classes], see ``label_sets``); ``places``: with weighted sampling the row that each virtual row stands for."""
+    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows] (``labels`` of
+    label sets int8 [rows, classes], see ``label_sets``); ``places``: with weighted sampling the row that each virtual row
+    stands for."""
 
     keys: bytes
     digests: bytes

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,32 @@ class SetWriter:
         if self._shard is not None:
             self._shard.close()
         self._index.close()
+
+
+class SplitCounts:
+    """A split's counts for ``dataset.json``, taken from what was really written."""
+
+    def __init__(self, classes: tuple[str, ...], label_classes: tuple[str, ...] | None) -> None:
+        self._classes = classes
+        self._samples = 0
+        self._tally = Tally(label_classes)
+        self._domains: defaultdict[str, int] = defaultdict(int)
+        self._groups: set[str] = set()
+
+    def add(self, facts: Facts) -> None:
+        self._samples += 1
+        self._tally.add(facts.class_name, facts.label)
+        self._groups.add(facts.group)
+        if facts.domain is not None:
+            self._domains[facts.domain] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self._samples,
+            "groups": len(self._groups),
+            **self._tally.as_dict(self._classes),
+            "domains": dict(sorted(self._domains.items())),
+        }
 
 
 def describe_index(path: Path) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
 
-
 TASKS = ("binary", "multiclass", TASK)
 
 
