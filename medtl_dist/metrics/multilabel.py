@@ -195,9 +195,10 @@ def _macro_auc(level: Sets, num_bootstrap: int, seed: int) -> dict:
             "auc_undefined": f"undefined: no class has a positive and a negative {level.unit} that are known"
         }
     auc = float(np.mean([found.auc for found in parts.values()]))
-    # The one-sided bound of a perfect mean counts the patients of each class; the variance adds patients over classes.
+    # Obuchowski's variance of one class, and the one-sided bound of a perfect mean, count the patients of each class alone;
+    # the variance of a mean adds each patient's shares over the classes.
     several = list(parts.values())
-    if auc not in (0.0, 1.0):
+    if len(parts) > 1 and auc not in (0.0, 1.0):
         several = [_over_all(found, codes[level.known(k)], codes) for k, found in parts.items()]
     interval = intervals.mean_interval(several, level=LEVEL, method=entry["ci_method"], counted=counted)
     few = [intervals.small_sample_warning(found, counted, level.classes[k]) for k, found in parts.items()]

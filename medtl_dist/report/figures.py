@@ -171,7 +171,8 @@ def _pr_table(curve: PrCurve) -> Table:
 def multiclass_figures(
     classes: Sequence[str], entry: SplitEntry, key: str, *, several_labels: bool = False
 ) -> Iterator[Figure]:
-    """ROC and PR of each class against the rest, or against those without it (``several_labels``). Beyond six classes all are grey but the best and the worst."""
+    """ROC and PR of each class against the rest, or against those without it (``several_labels``). Beyond six classes all are
+    grey but the best and the worst."""
     per_class = entry.per_class or {}
     known = [(name, per_class[name]) for name in dict.fromkeys(classes) if name in per_class]
     drawn = [(name, item, item.curves) for name, item in known if item.curves is not None]
