@@ -244,7 +244,8 @@ class Train(_Section):
     )
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
         default="none",
-        description="Weight of each class in the loss: none, balanced, or by name, for example {PNEUMONIA: 3}; the others 1.",
+        description="Weight of each class in the loss: none, balanced, or by name, for example {PNEUMONIA: 3}; the others 1. "
+        "Of several labels an image: of a class's positives, its negatives weighing 1.",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the target spread over all classes."

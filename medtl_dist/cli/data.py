@@ -41,7 +41,28 @@ def pack(
         str | None, typer.Option(metavar="COLUMN", help="Column of image files [default: file, image, path …].")
     ] = None,
     label_col: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of classes [default: label, class, target].")
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of classes [default: label, class, target]; repeated: a column per class, see --label-cols.",
+        ),
+    ] = None,
+    label_cols: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…",
+            help="Several labels an image: a column per class, of 1 or true, 0 or false, empty or -1 for unknown.",
+        ),
+    ] = None,
+    label_sep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Several labels an image: what separates the classes that a cell names, as |"
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --label-sep: what a cell says for none of the classes (No Finding)."),
     ] = None,
     group_col: Annotated[
         list[str] | None,
@@ -121,6 +142,8 @@ def pack(
       medtl data pack xrays/ --out sets/xrays --image-size 256
       medtl data pack labels.csv --out sets/cxr --label-col class \\
           --group-col split+patient_id --split-col split --keep-col age --image-size 256
+      medtl data pack Data_Entry.csv --out sets/nih --image-col "Image Index" \\
+          --label-col "Finding Labels" --label-sep "|" --negative "No Finding" --group-col "Patient ID"
       medtl data pack pneumoniamnist.npz --out sets/pneumoniamnist
       medtl data pack labels.csv --out s3://bucket/sets/cxr --staging /scratch --private keys/cxr
       medtl data pack archive/ --out sets/ward --table labels.csv \\
@@ -134,11 +157,17 @@ def pack(
     from medtl_dist.data.sources import Columns
     from medtl_dist.data.split import parse_fractions
 
+    columns_of_labels = tuple(label_cols.split(",")) if label_cols else ()
+    if label_col and (label_cols or len(label_col) > 1):
+        columns_of_labels = (*label_col, *columns_of_labels)
     options = PackOptions(
         format=source_format,
         columns=Columns(
             image=image_col,
-            label=label_col,
+            label=label_col[0] if label_col and not columns_of_labels else None,
+            labels=columns_of_labels,
+            label_separator=label_sep,
+            negative=negative,
             group=tuple(group_col or ()),
             split=split_col,
             domain=domain_col,
@@ -234,16 +263,17 @@ def summary(dataset: Dataset) -> list[str]:
         fields = [f"label from {'.cls' if label is None else f'field {label!r}'}"]
         fields += [f"domain from field {domain!r}"] if domain is not None else []
         lines.append(f"adopted: tars of another tool, indexed where they lie; {', '.join(fields)}")
-    rows = [["split", "images", "groups", *dataset.classes, "shards"]]
+    several = dataset.task == "multilabel"
+    shown = () if several else dataset.classes
+    rows = [["split", "images", "groups", *shown, "shards"]]
     for split in dataset.splits:
         entry = info["splits"][split]
-        counts = [entry["classes"].get(name, 0) for name in dataset.classes]
+        counts = [entry["classes"].get(name, 0) for name in shown]
         groups = "-" if unknown else f"{entry['groups']:,}"
         rows.append([split, f"{entry['samples']:,}", groups, *(f"{n:,}" for n in counts), f"{len(entry['shards']):,}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    lines += _aligned(rows)
+    if several:
+        lines += _aligned(_class_rows(dataset))
     for split in dataset.splits:
         if domains := info["splits"][split].get("domains"):
             lines.append(f"domains of {split}: {', '.join(f'{name} {count:,}' for name, count in domains.items())}")
@@ -255,3 +285,24 @@ def summary(dataset: Dataset) -> list[str]:
     lines += [f"note: {text}" for text in info.get("notes", ())]
     lines += [f"caution: {text}" for text in info.get("cautions", ())]
     return lines
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:], strict=True))]
+        )
+        for first, *others in rows
+    ]
+
+
+def _class_rows(dataset: Dataset) -> list[list[str]]:
+    """Of several labels an image: positives, negatives and unknowns of each class in each split."""
+    rows = [["class", *(f"{split} +/-/?" for split in dataset.splits)]]
+    for name in dataset.classes:
+        entries = [dataset.info["splits"][split] for split in dataset.splits]
+        counts = [[entry[what].get(name, 0) for what in ("classes", "negatives", "unknown")] for entry in entries]
+        rows.append([name, *("/".join(f"{n:,}" for n in some) for some in counts)])
+    return rows

@@ -57,10 +57,12 @@ def fix(
     """Write the set without its leaks to ``out`` and audit it; the audited set stays as it is.
 
     Raises:
-        UserError: nothing to mend, ``out`` not empty, or train would be left empty.
+        UserError: nothing to mend, ``out`` not empty, train would be left empty, or a set of several labels an image.
         DataError: an image that differs from its checksum.
     """
     seen, dest = found.seen, Path(out).absolute()
+    if seen.dataset.task == "multilabel":
+        raise UserError(f"{seen.dataset.folder} has several labels an image, which --fix cannot write: mend its source")
     plan = plan_fix(seen, found.matches, accepted or {})
     report = progress or (lambda stage, done, total: None)
     try:

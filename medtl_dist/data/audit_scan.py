@@ -22,6 +22,7 @@ from medtl_dist.data.audit_align import Floats
 from medtl_dist.data.audit_match import compare, prepare
 from medtl_dist.data.audit_search import Pairs
 from medtl_dist.data.fingerprint import RECORD, fingerprint
+from medtl_dist.data.label_sets import column_to_sets
 from medtl_dist.data.plan import Piece
 from medtl_dist.data.processes import start_worker
 from medtl_dist.data.reader import Reader, Sample
@@ -206,10 +207,18 @@ def scan(dataset: Dataset, pool: Pool, progress: Progress) -> Scan:
         split=np.array([number[split] for split in splits], np.int8),
         shard=np.repeat(np.array([position for _, position in tasks], np.int32), counts),
         row=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
-        label=index.column("label").to_numpy().astype(np.int32),
+        label=_codes(index.column("label").combine_chunks()),
         group=groups.indices.to_numpy(zero_copy_only=False).astype(np.int32),
         groups=groups.dictionary,
     )
+
+
+def _codes(column: pa.Array) -> NDArray[np.int32]:
+    """A label per image; of label sets a number per different set: images are alike where the whole set is."""
+    if not pa.types.is_list(column.type):
+        return column.to_numpy().astype(np.int32)
+    _, codes = np.unique(column_to_sets(column), axis=0, return_inverse=True)
+    return codes.reshape(-1).astype(np.int32)
 
 
 def score_pairs(scan: Scan, pairs: Pairs, pool: Pool, progress: Progress) -> NDArray[np.float64]:

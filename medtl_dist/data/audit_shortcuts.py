@@ -36,6 +36,8 @@ Matrix = NDArray[np.float64]
 
 def shortcuts(seen: Scan, seed: int = 0) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Findings, and every model tried: ``{"from", "auc", "auc_ci", "images", "groups"}``."""
+    if seen.dataset.task == "multilabel":  # a model for each of many sets of labels would say little
+        return [], []
     chosen = _sample(seen, seed)
     labels, groups = seen.label[chosen], seen.group[chosen]
     enough = [int(k) for k in np.unique(labels[labels >= 0]) if len(np.unique(groups[labels == k])) >= _MIN_GROUPS]

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medtl_dist.data import identity, kept_columns, split
+from medtl_dist.data import identity, kept_columns, label_sets, split
+from medtl_dist.data.label_sets import LabelSets
 from medtl_dist.data.shards import SPLITS
 from medtl_dist.data.sources import Listing
 from medtl_dist.errors import LeakageError, UserError
@@ -36,14 +37,15 @@ class Identities:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What will be packed. ``labels``: int64 per entry, -1 without a label; ``splits``: per entry, None if it was left
-    out before the draw; ``excluded``: entry to reason; ``order``: per split its entries in packing order."""
+    """What will be packed. ``labels``: int64 per entry, -1 without a label, or label sets int8 [entries, classes];
+    ``splits``: per entry, None if it was left out before the draw; ``excluded``: entry to reason; ``order``: per split its
+    entries in packing order."""
 
     listing: Listing
     identities: Identities
     classes: tuple[str, ...]
     positive_class: str | None
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | LabelSets
     splits: list[str | None]
     excluded: dict[int, str]
     order: dict[str, list[int]]
@@ -52,6 +54,8 @@ class Manifest:
 
     @property
     def task(self) -> str:
+        if self.listing.label_sets is not None:
+            return label_sets.TASK
         return "binary" if len(self.classes) == 2 else "multiclass"
 
 
@@ -113,13 +117,19 @@ def build_manifest(
     included = [row for row in range(len(listing)) if row not in excluded]
 
     notes = list(listing.notes)
-    classes, positive_class = _classes(listing, included, positive, notes)
-    index = {name: label for label, name in enumerate(classes)}
-    labels = np.array([index.get(name, -1) for name in listing.labels], dtype=np.int64)
+    if listing.label_sets is not None:
+        _check_label_sets(listing, listing.label_sets[included], positive)
+        classes, positive_class, labels = tuple(listing.classes), None, listing.label_sets
+        strata = label_sets.strata(listing.label_sets[included])
+    else:
+        classes, positive_class = _classes(listing, included, positive, notes)
+        index = {name: label for label, name in enumerate(classes)}
+        labels = np.array([index.get(name, -1) for name in listing.labels], dtype=np.int64)
+        strata = labels[included]
     assignment = split.complete(
         [listing.splits[row] for row in included],
         [identities.group_names[row] for row in included],
-        labels[included],
+        strata,
         fractions,
         seed,
         unit="by image" if identities.source == "none" else "by group",
@@ -237,12 +247,26 @@ def _classes(
     return (negative, positive), positive
 
 
+def _check_label_sets(listing: Listing, sets: LabelSets, positive: str | None) -> None:
+    if positive is not None:
+        raise UserError(
+            f"--positive {positive}: of several labels an image each class is positive or negative by itself"
+        )
+    if not 2 <= len(listing.classes) <= MAX_CLASSES:
+        raise UserError(f"{len(listing.classes)} classes among {len(sets)} images: 2 to {MAX_CLASSES} expected")
+    if not ((sets == 1).any(axis=0) & (sets == 0).any(axis=0)).any():
+        raise UserError(
+            f"{len(sets)} images: no class has both an image with it and one without, so nothing can be learned"
+        )
+
+
 def exclusion_counts(manifest: Manifest, excluded: Mapping[int, str]) -> list[dict[str, Any]]:
     """Exclusions by reason × split × class for ``dataset.json``, with the groups they touch; null where unknown."""
     samples: Counter[tuple[str, str | None, str | None]] = Counter()
     groups: defaultdict[tuple[str, str | None, str | None], set[str]] = defaultdict(set)
     for row, reason in excluded.items():
-        cell = (reason, manifest.splits[row], manifest.listing.labels[row] or None)
+        one_label = manifest.listing.label_sets is None
+        cell = (reason, manifest.splits[row], manifest.listing.labels[row] or None if one_label else None)
         samples[cell] += 1
         groups[cell].add(manifest.identities.groups[row])
     return [
@@ -297,6 +321,8 @@ def cautions(
         for label, count in splits[name]["classes"].items():
             if count == 0:
                 found.append(f"split {name} has no image of class {label!r}")
+            elif splits[name].get("negatives", {}).get(label, 1) == 0:
+                found.append(f"split {name} has no image known to be without class {label!r}")
     sizes = Counter(manifest.identities.groups[row] for rows in manifest.order.values() for row in rows)
     total = sum(sizes.values())
     largest = max(sizes.values(), default=0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from medtl_dist.data.audit import audit
 from medtl_dist.data.dicom_source import DicomOptions, read_dicom_tree
 from medtl_dist.data.encoding import Coloured, Failure, Picture, Recipe, Stored, Workers, open_workers
 from medtl_dist.data.images import EXTENSION, Encoding
+from medtl_dist.data.label_sets import TASK, as_list
 from medtl_dist.data.manifest import Manifest
 from medtl_dist.data.private import (
     LINKAGE_FILE,
@@ -36,7 +36,7 @@ from medtl_dist.data.private import (
     write_linkage,
     write_problems,
 )
-from medtl_dist.data.shard_writer import Facts, SetWriter, sync_folder, write_dataset_file
+from medtl_dist.data.shard_writer import Facts, SetWriter, SplitCounts, sync_folder, write_dataset_file
 from medtl_dist.data.shards import FORMAT_VERSION, SPLITS, Dataset, open_dataset
 from medtl_dist.data.sources import FORMATS, Columns, Listing, detect_format, read_folder, read_medmnist
 from medtl_dist.data.staging import check_destination, work_folder
@@ -126,6 +126,10 @@ def pack(
     kind = detect_format(source) if options.format == "auto" else options.format
     if kind not in ("table", "dicom") and (options.columns.any_named or options.image_root):
         raise UserError(f"{source} is packed as a {kind}, which has no columns: columns are named for tables only")
+    if kind == "dicom" and options.columns.several_labels:
+        raise UserError(
+            f"{source} is packed as a dicom: several labels an image (--label-cols, --label-sep) need a table"
+        )
     if kind != "dicom" and options.dicom.any_named:
         raise UserError(
             f"{source} is packed as a {kind}: tags, --table, --window, --frames and --allow are for DICOM trees"
@@ -288,14 +292,15 @@ class _Packing:
         self.problems = {}
         kept = self._manifest.listing.kept
         kept_schema = pa.schema([]) if kept is None else kept.schema.remove_metadata()
-        writer = SetWriter(self._folder, kept_schema, EXTENSION[recipe.encoding])
+        label_classes = self._manifest.classes if self._manifest.task == TASK else None
+        writer = SetWriter(self._folder, kept_schema, EXTENSION[recipe.encoding], label_classes)
         try:
             splits = {}
             done = 0
             total = sum(map(len, self._manifest.order.values()))
             for split in sorted(self._manifest.order):
                 rows = self._manifest.order[split]
-                counts = _Counts(self._manifest.classes)
+                counts = SplitCounts(self._manifest.classes, label_classes)
                 writer.begin_split(split, len(rows))
                 with closing(workers.store(self._pictures(rows), recipe)) as results:
                     for row, result, facts in zip(rows, results, self._facts(rows), strict=True):
@@ -336,13 +341,21 @@ class _Packing:
                 kept = listing.kept.take(pa.array(some, pa.int64())).to_pylist()
             for row, values in zip(some, kept, strict=True):
                 key, group = m.identities.keys[row], m.identities.groups[row]
-                yield Facts(key, group, int(m.labels[row]), listing.labels[row], listing.domains[row], values)
+                label, class_name = self._label(row)
+                yield Facts(key, group, label, class_name, listing.domains[row], values)
+
+    def _label(self, row: int) -> tuple[int | tuple[int | None, ...], str | tuple[str, ...]]:
+        m = self._manifest
+        if m.listing.label_sets is None:
+            return int(m.labels[row]), m.listing.labels[row]
+        labels = as_list(m.listing.label_sets[row])
+        return tuple(labels), tuple(name for name, value in zip(m.classes, labels, strict=True) if value)
 
     def _describe(self, written: dict[str, Any], recipe: Recipe, options: PackOptions) -> dict[str, Any]:
         m = self._manifest
         splits = {name: written["splits"][name] for name in SPLITS if name in written["splits"]}
         present = {label for entry in splits.values() for label, count in entry["classes"].items() if count}
-        if len(present) < 2:
+        if len(present) < (1 if m.task == TASK else 2):
             raise DataError(
                 f"{len(self.problems)} images cannot be packed, and fewer than two classes are left; the images are "
                 f"named in {self._private / LINKAGE_FILE}"
@@ -370,28 +383,4 @@ class _Packing:
             "cautions": manifests.cautions(m, splits, self.excluded),
             "audit": None,
             "index": written["index"],
-        }
-
-
-class _Counts:
-    """A split's counts for ``dataset.json``, taken from what was really written."""
-
-    def __init__(self, classes: tuple[str, ...]) -> None:
-        self._classes = classes
-        self._labels: Counter[str] = Counter()
-        self._domains: defaultdict[str, int] = defaultdict(int)
-        self._groups: set[str] = set()
-
-    def add(self, facts: Facts) -> None:
-        self._labels[facts.class_name] += 1
-        self._groups.add(facts.group)
-        if facts.domain is not None:
-            self._domains[facts.domain] += 1
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "samples": self._labels.total(),
-            "groups": len(self._groups),
-            "classes": {name: self._labels[name] for name in self._classes},
-            "domains": dict(sorted(self._domains.items())),
         }

@@ -18,7 +18,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from medtl_dist.data import label_sets
 from medtl_dist.data.ahead import Ahead, Shared
+from medtl_dist.data.label_sets import LabelSets
 from medtl_dist.data.plan import IntArray, Piece
 from medtl_dist.data.ranges import ranges_of
 from medtl_dist.data.shards import Dataset, Shard, read_shard_rows
@@ -35,23 +37,24 @@ DIFFERS = "its bytes differ from the checksum in the index"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample as read, not yet checked or decoded."""
+    """One sample as read, not yet checked or decoded. ``label``: of a label set a value per class, -1 unknown."""
 
     data: memoryview
     key: bytes
     sha256: bytes
-    label: int
+    label: int | list[int]
     shard: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows];
-    ``places``: with weighted sampling the row that each virtual row stands for."""
+    """The index of one shard: ``keys`` 16 and ``digests`` 32 bytes a row end to end, the others int64 [rows] (``labels`` of
+    label sets int8 [rows, classes], see ``label_sets``); ``places``: with weighted sampling the row that each virtual row
+    stands for."""
 
     keys: bytes
     digests: bytes
-    labels: IntArray
+    labels: IntArray | LabelSets
     offsets: IntArray
     sizes: IntArray
     places: IntArray | None = None
@@ -179,7 +182,7 @@ class Reader:
         unread = (rows.sizes < 1).any() or (rows.sizes > MAX_IMAGE_BYTES).any() or (rows.offsets < 0).any()
         if unread or (rows.offsets[1:] < ends[:-1]).any():
             raise DataError(f"the index of {self._path(shard)} is damaged: copy the set again or pack it again")
-        if (rows.labels < 0).any() or (rows.labels >= len(self.dataset.classes)).any():
+        if not _are_labels(rows.labels, len(self.dataset.classes)):
             raise DataError(f"the index of {self._path(shard)} is damaged (labels of no class): pack the set again")
 
     def _range(self, shard: Shard, start: int, stop: int) -> bytes:
@@ -202,6 +205,13 @@ class Reader:
                 "copy the set again or pack it again"
             )
         return data
+
+
+def _are_labels(labels: IntArray | LabelSets, num_classes: int) -> bool:
+    # Lists or not: the index's column type has been compared with the set's task.
+    if labels.ndim == 2:
+        return label_sets.are_valid(labels.astype(np.int8, copy=False), num_classes)
+    return not ((labels < 0).any() or (labels >= num_classes).any())
 
 
 def _cut(shard: Shard, rows: Rows, chosen: IntArray, data: memoryview) -> list[Sample]:
@@ -245,9 +255,8 @@ def _parse_rows(table: pa.Table) -> Rows:
     key, sha256, label, offset, size = columns
     if any(column.null_count for column in columns):
         raise DataError("the index is damaged (empty fields): copy the set again or pack it again")
-    return Rows(
-        b"".join(key.to_pylist()), b"".join(sha256.to_pylist()), label.to_numpy(), offset.to_numpy(), size.to_numpy()
-    )
+    labels = label_sets.column_to_sets(label) if pa.types.is_list(label.type) else label.to_numpy()
+    return Rows(b"".join(key.to_pylist()), b"".join(sha256.to_pylist()), labels, offset.to_numpy(), size.to_numpy())
 
 
 def _pread(handle: int, offset: int, length: int) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import Any, NamedTuple
 
+from medtl_dist.data.label_sets import TASK, row_objection
 from medtl_dist.data.ranges import ranges_of
 from medtl_dist.data.remote_file import RemoteFile
 from medtl_dist.data.shards import INDEX_FIELDS, Dataset, Shard, read_shard_rows
@@ -39,12 +40,14 @@ class Fault(NamedTuple):
 
 @dataclass
 class ShardResult:
-    """What was found. ``classes``, ``domains``: samples per name by the index; None if it could not be read."""
+    """What was found. ``classes``, ``domains``: samples per name by the index; None if it could not be read. ``others``: of
+    label sets the ``negatives`` and ``unknown`` of each class."""
 
     shard: Shard
     faults: list[Fault] = field(default_factory=list)
     classes: Counter[str] | None = None
     domains: Counter[str] | None = None
+    others: dict[str, Counter[str]] = field(default_factory=dict)
 
     def fault(self, kind: str, what: str, key: str | None = None) -> None:
         self.faults.append(Fault(kind, self.shard.name, what, key))
@@ -123,11 +126,25 @@ def _rows(dataset: Dataset, shard: Shard, result: ShardResult) -> list[dict[str,
         for what in _row_objections(row, dataset, shard, end):
             result.fault("index", f"its index row {what}", _key(row))
         end = (row["offset"] or 0) + (row["size"] or 0)
-        if isinstance(row["label"], int) and 0 <= row["label"] < len(dataset.classes):
-            result.classes[dataset.classes[row["label"]]] += 1
+        result.classes.update(classes_of(row["label"], dataset))
+        for name, value in (("negatives", 0), ("unknown", None)):
+            if dataset.task == TASK:
+                with_value = classes_of(row["label"], dataset, value)
+                result.others.setdefault(name, Counter()).update(with_value)
         if row["domain"] is not None:
             result.domains[row["domain"]] += 1
     return rows
+
+
+def classes_of(label: Any, dataset: Dataset, value: int | None = 1) -> list[str]:
+    """The names of the classes that an index row's label says are present; of a label that is none, none.
+
+    ``value``: of label sets, the classes with this value instead.
+    """
+    if dataset.task == TASK:
+        whole = row_objection(label, len(dataset.classes)) is None
+        return [name for name, found in zip(dataset.classes, label, strict=True) if found == value] if whole else []
+    return [dataset.classes[label]] if isinstance(label, int) and 0 <= label < len(dataset.classes) else []
 
 
 def _row_objections(row: dict[str, Any], dataset: Dataset, shard: Shard, end: int) -> Iterator[str]:
@@ -137,7 +154,10 @@ def _row_objections(row: dict[str, Any], dataset: Dataset, shard: Shard, end: in
         return
     if row["shard"] != shard.name or row["split"] != shard.split:
         yield "names another shard or split"
-    if not 0 <= row["label"] < len(dataset.classes):
+    if dataset.task == TASK:
+        if what := row_objection(row["label"], len(dataset.classes)):
+            yield what
+    elif not 0 <= row["label"] < len(dataset.classes):
         yield f"has label {row['label']}, of {len(dataset.classes)} classes"
     if not HASH.fullmatch(row["group"]):
         yield "has a group that is no hash; is it a patient's own id?"
@@ -243,9 +263,9 @@ def _json_faults(sample: TarSample, row: dict[str, Any], dataset: Dataset) -> It
         return
     told = parse_json(sample.texts["json"].data)
     kept = {name: value for name, value in row.items() if name not in _FACTS}
-    label = row["label"]
-    known = isinstance(label, int) and 0 <= label < len(dataset.classes)
-    expected = {"class": dataset.classes[label] if known else None, "label": label, **kept}
+    label, names = row["label"], classes_of(row["label"], dataset)
+    one_label = names[0] if names else None
+    expected = {"class": names if dataset.task == TASK else one_label, "label": label, **kept}
     if told.keys() != expected.keys():
         yield "json", f"its .json has other fields than: {', '.join(sorted(expected))}"
     for name in sorted(told.keys() & expected.keys()):

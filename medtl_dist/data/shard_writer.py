@@ -11,8 +11,8 @@ import json
 import math
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from medtl_dist.data.encoding import Stored
 from medtl_dist.data.index_footer import spans_of
+from medtl_dist.data.label_sets import LABEL_TYPE, Tally
 from medtl_dist.data.shards import DATASET_FILE, INDEX_FIELDS, INDEX_FILE
 
 MAX_SHARD_SAMPLES = 1000
@@ -30,12 +31,13 @@ MIN_SHARDS = 8
 
 
 class Facts(NamedTuple):
-    """What is written about one image beside its pixels. ``kept``: the kept columns."""
+    """What is written about one image beside its pixels. ``kept``: the kept columns. Of a label set ``label`` has an entry
+    per class (None: unknown) and ``class_name`` names those present."""
 
     key: bytes
     group: str
-    label: int
-    class_name: str
+    label: int | tuple[int | None, ...]
+    class_name: str | tuple[str, ...]
     domain: str | None
     kept: Mapping[str, Any]
 
@@ -53,16 +55,21 @@ def samples_per_shard(num_samples: int) -> int:
 class SetWriter:
     """Writes one set, split by split in sorted order: ``add`` per image, ``end_split``, then ``finish``."""
 
-    def __init__(self, folder: Path, kept: pa.Schema, extension: str) -> None:
+    def __init__(
+        self, folder: Path, kept: pa.Schema, extension: str, label_classes: Sequence[str] | None = None
+    ) -> None:
+        """``label_classes``: the classes of a set with a label set per image; None: one label per image."""
         self._folder = folder
-        self._schema = pa.schema([*INDEX_FIELDS, *kept])
+        self._label_classes = label_classes
+        fields = [pa.field("label", LABEL_TYPE) if f.name == "label" and label_classes else f for f in INDEX_FIELDS]
+        self._schema = pa.schema([*fields, *kept])
         self._extension = extension
         self._index = pq.ParquetWriter(
             folder / INDEX_FILE, self._schema, compression="zstd", write_page_checksum=True, store_schema=False
         )
         self._shard: _Tar | None = None
         self._rows: list[dict[str, Any]] = []
-        self._classes: Counter[str] = Counter()
+        self._tally = Tally(label_classes)
         self._domains: Counter[str] = Counter()
         self._listed: list[dict[str, Any]] = []
         self._split = ""
@@ -82,7 +89,7 @@ class SetWriter:
         described = {"class": facts.class_name, "label": facts.label, **kept}
         text = json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False)
         self._shard.add(f"{key}.json", text.encode("utf-8"))
-        self._classes[facts.class_name] += 1
+        self._tally.add(facts.class_name, facts.label)
         if facts.domain is not None:
             self._domains[facts.domain] += 1
         self._rows.append(
@@ -120,13 +127,13 @@ class SetWriter:
             "samples": len(self._rows),
             "bytes": length,
             "sha256": sha256,
-            "classes": dict(sorted(self._classes.items())),
+            **self._tally.as_dict(),
             "domains": dict(sorted(self._domains.items())),
         }
         self._listed.append(entry)
         self._index.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
         self._shard, self._rows = None, []
-        self._classes.clear()
+        self._tally = Tally(self._label_classes)
         self._domains.clear()
 
     def finish(self) -> dict[str, Any]:
@@ -139,6 +146,32 @@ class SetWriter:
         if self._shard is not None:
             self._shard.close()
         self._index.close()
+
+
+class SplitCounts:
+    """A split's counts for ``dataset.json``, taken from what was really written."""
+
+    def __init__(self, classes: tuple[str, ...], label_classes: tuple[str, ...] | None) -> None:
+        self._classes = classes
+        self._samples = 0
+        self._tally = Tally(label_classes)
+        self._domains: defaultdict[str, int] = defaultdict(int)
+        self._groups: set[str] = set()
+
+    def add(self, facts: Facts) -> None:
+        self._samples += 1
+        self._tally.add(facts.class_name, facts.label)
+        self._groups.add(facts.group)
+        if facts.domain is not None:
+            self._domains[facts.domain] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self._samples,
+            "groups": len(self._groups),
+            **self._tally.as_dict(self._classes),
+            "domains": dict(sorted(self._domains.items())),
+        }
 
 
 def describe_index(path: Path) -> dict[str, Any]:

@@ -32,7 +32,8 @@ SPLITS = ("train", "val", "test")
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 
-# The columns every index has; kept columns of the source follow them.
+# The columns every index has; kept columns of the source follow them. Of several labels an image ``label`` is a list of
+# int8, null for unknown (``label_sets.LABEL_TYPE``).
 INDEX_FIELDS = (
     pa.field("key", pa.binary(16)),
     pa.field("sha256", pa.binary(32)),
@@ -223,14 +224,18 @@ def _read_row_groups(dataset: Dataset, shards: list[Shard], columns: Sequence[st
     for expected in INDEX_FIELDS:
         found = types.get(expected.name)
         wanted = columns is None or expected.name in columns
-        # A label of several classes is a list.
-        if wanted and (found is None or (found != expected.type and expected.name != "label")):
+        if wanted and found != expected.type and not (expected.name == "label" and _is_list_of_labels(dataset, found)):
             raise DataError(f"{index.path} is no index of this format (column {expected.name}): copy or pack it again")
     if table.num_rows != sum(shard.samples for shard in shards):
         raise DataError(
             f"{index.path} does not match {DATASET_FILE}: another number of samples; copy or pack the set again"
         )
     return table
+
+
+def _is_list_of_labels(dataset: Dataset, kind: pa.DataType | None) -> bool:
+    is_list = kind is not None and pa.types.is_list(kind) and kind.value_type == pa.int8()
+    return dataset.task == "multilabel" and is_list
 
 
 def _check_info(info: Any, path: str) -> None:

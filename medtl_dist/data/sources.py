@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from medtl_dist.data.dicom import is_dicom
+from medtl_dist.data.label_sets import LabelSets, as_texts
 from medtl_dist.data.split import SPLIT_ALIASES
 from medtl_dist.errors import DataError, UserError
 
@@ -36,7 +37,11 @@ _CLUTTER = frozenset(("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"))
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what; None lets the usual names be tried (``read_table``)."""
+    """Which columns of a table hold what; None lets the usual names be tried (``read_table``).
+
+    Label sets (``label_sets``): ``labels``, a column per class; or ``label_separator`` between the classes that the one
+    label column names, and ``negative``, what it says for none of them.
+    """
 
     image: str | None = None
     label: str | None = None
@@ -44,10 +49,19 @@ class Columns:
     split: str | None = None
     domain: str | None = None
     keep: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    label_separator: str | None = None
+    negative: str | None = None
 
     @property
     def any_named(self) -> bool:
-        return bool(self.image or self.label or self.group or self.split or self.domain or self.keep)
+        named = (self.image, self.label, self.group, self.split, self.domain, self.keep, self.negative)
+        return any(named) or self.several_labels
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image has a label set rather than one label."""
+        return bool(self.labels) or self.label_separator is not None
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class Listing:
     empty; ``listed``: row of the table, for the linkage; ``classes``: every class the source declares, in order of
     label; ``notes``: choices that were made for the user; ``cautions``: what the user should know; ``refused``: entry to
     the reason it is left out whatever the options; ``bad``: entry to the reason it cannot be read, known before its
-    pixels are; ``counted``: facts of the images that ``dataset.json`` counts by class, each of the length of ``names``.
+    pixels are; ``label_sets``: int8 [n, classes] where an image may have several labels (``labels`` then only tells rows
+    apart), else None; ``counted``: facts of the images that ``dataset.json`` counts by class, each of the length of ``names``.
     """
 
     kind: str
@@ -78,6 +93,7 @@ class Listing:
     refused: dict[int, str] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     counted: dict[str, list[str]] = field(default_factory=dict)
+    label_sets: LabelSets | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -222,7 +238,8 @@ def _table_hint(source: Path) -> str:
 
 
 def read_medmnist(source: Path, scratch: Path) -> Listing:
-    """A MedMNIST archive: ``{train,val,test}_images`` uint8 [n, h, w] or [n, h, w, 3] and ``_labels`` integers [n, 1].
+    """A MedMNIST archive: ``{train,val,test}_images`` uint8 [n, h, w] or [n, h, w, 3] and ``_labels`` integers [n, 1],
+    or of several labels an image 0 and 1 [n, classes].
 
     The arrays are unzipped into ``scratch`` one after the other and later mapped, never loaded: memory stays bounded.
     Nothing is unpickled. The official splits are kept; there are no patients.
@@ -234,7 +251,7 @@ def read_medmnist(source: Path, scratch: Path) -> Listing:
     names: list[str] = []
     files: list[str] = []
     rows: list[int] = []
-    labels: list[str] = []
+    labels: list[np.ndarray] = []
     splits: list[str | None] = []
     try:
         with zipfile.ZipFile(source) as archive:
@@ -249,24 +266,30 @@ def read_medmnist(source: Path, scratch: Path) -> Listing:
                 images = _unzip_array(archive, f"{split}_images.npy", scratch, source)
                 classes = _medmnist_labels(archive, split, scratch, source)
                 _check_medmnist_images(images, len(classes), split, source)
+                if labels and labels[0].shape[1] != classes.shape[1]:
+                    raise DataError(f"{source}: {split} has another number of labels than train: download it again")
                 names += [source.name] * len(classes)
                 files += [str(scratch / f"{split}_images.npy")] * len(classes)
                 rows += range(len(classes))
-                labels += classes
+                labels.append(classes)
                 splits += [split] * len(classes)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{source} is damaged ({error}): download it again") from None
+    columns = np.concatenate(labels)
+    several = columns.shape[1] > 1
+    texts = as_texts(columns.astype(np.int8)) if several else [str(int(label)) for label in columns[:, 0]]
     return Listing(
         kind="medmnist",
         names=names,
         files=files,
         rows=rows,
-        labels=labels,
+        labels=texts,
         splits=splits,
         domains=[None] * len(names),
         units={},
         kept=None,
-        classes=class_order(set(labels)),
+        classes=[str(number) for number in range(columns.shape[1])] if several else class_order(set(texts)),
+        label_sets=columns.astype(np.int8) if several else None,
     )
 
 
@@ -284,13 +307,17 @@ def _unzip_array(archive: zipfile.ZipFile, member: str, scratch: Path, source: P
         ) from None
 
 
-def _medmnist_labels(archive: zipfile.ZipFile, split: str, scratch: Path, source: Path) -> list[str]:
+def _medmnist_labels(archive: zipfile.ZipFile, split: str, scratch: Path, source: Path) -> np.ndarray:
+    """Integers [n, 1], or 0 and 1 [n, classes]."""
     labels = _unzip_array(archive, f"{split}_labels.npy", scratch, source)
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        raise UserError(f"{source} has {labels.shape[1]} labels per image; multi-label sets cannot be packed yet")
-    if labels.ndim not in (1, 2) or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim not in (1, 2) or labels.shape[1:] == (0,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{source}: {split}_labels has shape {labels.shape}, {labels.dtype}; integers [n, 1] expected")
-    return [str(int(label)) for label in labels.reshape(-1)]
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] > 1 and not np.isin(labels, (0, 1)).all():
+        raise UserError(
+            f"{source}: {split}_labels has {labels.shape[1]} labels per image, and not only 0 and 1 among them"
+        )
+    return labels
 
 
 def _check_medmnist_images(images: np.ndarray, num_labels: int, split: str, source: Path) -> None:

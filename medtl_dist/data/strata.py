@@ -59,6 +59,11 @@ def strata_of(dataset: Dataset, split: str, by: str, weights: Mapping[str, float
         UserError: a name that the set lacks, a weight out of range, a set without domains.
         DataError: a damaged index.
     """
+    if by == "class" and dataset.task == "multilabel":
+        raise UserError(
+            f"data.sampling = class: an image of {dataset.folder} may have several classes; use domain or natural, "
+            "and train.class_weights = balanced against rare classes"
+        )
     names = _names(dataset, split, by)
     if by == "domain" and names == (UNNAMED,):
         raise UserError(f"data.sampling = domain: split {split!r} of {dataset.folder} has no domains; use class")

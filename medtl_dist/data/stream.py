@@ -24,9 +24,9 @@ from medtl_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """``images``: uint8 [rows, C, S, S], C = 1 (grey) or 3 (RGB); ``labels``: int64 [num_real]; ``keys``: hex
-    [num_real]. In training rows is the rank's share of the global batch; in evaluation it is the batch size, and the
-    rows from ``num_real`` on are zeros to drop."""
+    """``images``: uint8 [rows, C, S, S], C = 1 (grey) or 3 (RGB); ``labels``: int64 [num_real], or label sets
+    [num_real, classes] of 1, 0 and -1 for unknown; ``keys``: hex [num_real]. In training rows is the rank's share of the
+    global batch; in evaluation it is the batch size, and the rows from ``num_real`` on are zeros to drop."""
 
     images: torch.Tensor
     labels: torch.Tensor

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from medtl_dist.data.label_sets import LabelSets, as_texts, parse_cells, parse_lists
 from medtl_dist.data.shards import INDEX_FIELDS
 from medtl_dist.data.sources import Columns, Listing, class_order
 from medtl_dist.data.split import SPLIT_ALIASES
@@ -41,6 +42,8 @@ class Rows:
     units: dict[str, list[tuple[str, ...] | None]]
     kept: pa.Table | None
     notes: list[str]
+    classes: list[str]
+    label_sets: LabelSets | None = None
 
 
 def read_table(source: Path, columns: Columns, image_root: Path | None = None) -> Listing:
@@ -63,8 +66,9 @@ def read_table(source: Path, columns: Columns, image_root: Path | None = None) -
         domains=rows.domains,
         units=rows.units,
         kept=rows.kept,
-        classes=class_order({value for value in rows.labels if value}),
+        classes=rows.classes,
         notes=rows.notes,
+        label_sets=rows.label_sets,
     )
 
 
@@ -77,10 +81,13 @@ def read_rows(
     """
     header = column_names(source)
     image = _choose(columns.image, usual_images, "--image-col", header, source)
-    label = _choose(columns.label, _LABEL_COLUMNS, "--label-col", header, source) if needs_label else None
+    wants_one = needs_label and not columns.labels
+    label = _choose(columns.label, _LABEL_COLUMNS, "--label-col", header, source) if wants_one else None
+    _check_label_options(columns, header, source)
     composites = {option: _composite(option, header, source) for option in columns.group}
-    if [label] in composites.values():
-        raise UserError(f"--group-col {label} is the label column: groups are patients, or what else images share")
+    clash = [name for name in (label, *columns.labels) if [name] in composites.values()]
+    if clash:
+        raise UserError(f"--group-col {clash[0]} is the label column: groups are patients, or what else images share")
     for option, name in (("--split-col", columns.split), ("--domain-col", columns.domain)):
         if name is not None:
             _require(name, option, header, source)
@@ -90,7 +97,7 @@ def read_rows(
             raise UserError(f"--keep-col {name}: the index has a column of that name already; rename it in {source}")
 
     optional = [name for name in (label, columns.split, columns.domain) if name is not None]
-    as_text = dict.fromkeys([image, *itertools.chain(*composites.values()), *optional])
+    as_text = dict.fromkeys([image, *itertools.chain(*composites.values()), *optional, *columns.labels])
     table = _load(source, header, list(as_text), list(dict.fromkeys(columns.keep)))
     if table.num_rows == 0:
         raise UserError(f"{source} has no rows: a row per image expected")
@@ -111,15 +118,48 @@ def read_rows(
     if columns.label is None and label is not None:
         notes.append(f"labels are read from column {label!r} (--label-col)")
     empty: list[str | None] = [None] * table.num_rows
+    classes, sets = _label_sets(columns, label, text, source)
+    labels = text[label] if label is not None else [""] * table.num_rows
     return Rows(
         images=text[image],
-        labels=text[label] if label is not None else [""] * table.num_rows,
+        labels=labels if sets is None else as_texts(sets),
         splits=_splits(text[columns.split], columns.split, source) if columns.split else empty,
         domains=[value or None for value in text[columns.domain]] if columns.domain else empty,
         units=units,
         kept=_kept(table, columns.keep) if columns.keep else None,
         notes=notes,
+        classes=class_order({value for value in labels if value}) if sets is None else classes,
+        label_sets=sets,
     )
+
+
+def _check_label_options(columns: Columns, header: list[str], source: Path) -> None:
+    if columns.labels and columns.label_separator is not None:
+        raise UserError("--label-sep is for one label column; several columns (--label-cols) have a class each")
+    if columns.negative is not None and columns.label_separator is None:
+        raise UserError(f"--negative {columns.negative} is what a label column with --label-sep says for no class")
+    if columns.label_separator == "":
+        raise UserError("--label-sep is empty: the text between two labels expected, as |")
+    if len(columns.labels) == 1 or len(set(columns.labels)) < len(columns.labels):
+        raise UserError(
+            f"--label-cols {','.join(columns.labels)}: two or more different columns expected, one per class"
+        )
+    for name in columns.labels:
+        _require(name, "--label-cols", header, source)
+
+
+def _label_sets(
+    columns: Columns, label: str | None, text: dict[str, list[str]], source: Path
+) -> tuple[list[str], LabelSets | None]:
+    """Classes in their order (of columns, or sorted), and the rows' label sets; None where a row has one label."""
+    if columns.labels:
+        return list(columns.labels), parse_cells({name: text[name] for name in columns.labels}, source)
+    if columns.label_separator is None or label is None:
+        return [], None
+    classes, sets = parse_lists(text[label], columns.label_separator, columns.negative, source)
+    names = class_order(classes)
+    place = {name: number for number, name in enumerate(sorted(classes))}
+    return names, sets[:, [place[name] for name in names]]
 
 
 def column_names(source: Path) -> list[str]:

@@ -138,7 +138,9 @@ class _Tally:
         self._listed = {
             shard["name"]: shard for split in dataset.splits for shard in dataset.info["splits"][split]["shards"]
         }
-        self._counts = {split: (Counter[str](), Counter[str]()) for split in dataset.splits}
+        self._counts: dict[str, defaultdict[str, Counter[str]]] = {
+            split: defaultdict(Counter, classes=Counter(), domains=Counter()) for split in dataset.splits
+        }
         self._unread: set[str] = set()
         self._faults: list[Fault] = []
 
@@ -153,9 +155,8 @@ class _Tally:
         if result.classes is None or result.domains is None:
             self._unread.add(shard.split)
             return
-        found = (result.classes, result.domains)
-        for name, counts, total in zip(("classes", "domains"), found, self._counts[shard.split], strict=True):
-            total.update(counts)
+        for name, counts in {"classes": result.classes, "domains": result.domains, **result.others}.items():
+            self._counts[shard.split][name].update(counts)
             told = self._listed[shard.name].get(name)
             if told is not None and _nonzero(told) != counts:
                 self._faults.append(Fault("counts", DATASET_FILE, f"{name} of {shard.name} differ from the index"))
@@ -164,14 +165,13 @@ class _Tally:
         """What differs, for whatever could be read. Raises: KeyError, TypeError, AttributeError, odd ``dataset.json``."""
         yield from self._faults
         info = self._dataset.info
-        for split, (classes, domains) in self._counts.items():
+        for split, totals in self._counts.items():
             entry = info["splits"][split]
             if split in self._unread:
                 continue
-            if _nonzero(entry.get("classes")) != classes:
-                yield Fault("counts", DATASET_FILE, f"classes of split {split} differ from the index")
-            if _nonzero(entry.get("domains")) != domains:
-                yield Fault("counts", DATASET_FILE, f"domains of split {split} differ from the index")
+            for name, counts in totals.items():
+                if _nonzero(entry.get(name)) != counts:
+                    yield Fault("counts", DATASET_FILE, f"{name} of split {split} differ from the index")
             if groups is not None and entry.get("groups") != groups.get(split, 0):
                 yield Fault("counts", DATASET_FILE, f"split {split} has {groups.get(split, 0)} groups by the index")
         found, left_out = info.get("found"), info.get("excluded", [])

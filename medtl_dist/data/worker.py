@@ -40,7 +40,7 @@ class Start:
 class Part:
     """What is told about samples besides their pixels."""
 
-    labels: list[int]
+    labels: list[int | list[int]]
     keys: list[str]
 
 

@@ -63,6 +63,7 @@ def replicate_aucs(
     *,
     num_replicates: int = 2000,
     seed: int = 0,
+    known: Sequence[NDArray[np.bool_]] | None = None,
 ) -> NDArray[np.float64]:
     """AUCs of several scorings of the same rows over the same bootstrap draws of patients.
 
@@ -74,6 +75,7 @@ def replicate_aucs(
         strata_labels: int [n], the labels that say a patient's class.
         scorings: (labels {0, 1} [n], scores [n]) for each AUC wanted.
         groups: [n] patient of each row; None: every row is its own patient (then the order of the rows does matter).
+        known: bool [n] for each scoring, the rows that it has; None: all of them.
         num_replicates: how many; fewer are made when rows x replicates x scorings passes ``MAX_CELLS``.
 
     Returns:
@@ -84,7 +86,11 @@ def replicate_aucs(
     size = int(codes.max()) + 1
     work = max(1, len(labels) * len(scorings))
     num_replicates = min(num_replicates, max(MIN_REPLICATES, MAX_CELLS // work))
-    ranked_all = [_rank(*checked(*scoring), codes) for scoring in scorings]
+    rows_of = known if known is not None else [np.ones(len(labels), bool)] * len(scorings)
+    ranked_all = [
+        _rank(*checked(np.asarray(one)[rows], np.asarray(values)[rows]), codes[rows])
+        for (one, values), rows in zip(scorings, rows_of, strict=True)
+    ]
     low, high = label_range(labels, codes, size)
     stratum = np.where(low == high, low, -1)
     chunk = max(1, CHUNK_CELLS // max(len(labels), size))

@@ -12,7 +12,7 @@ from medtl_dist.errors import DataError, TrainingError
 
 
 class Pooled(TypedDict):
-    """Rows in the order of the expected keys: keys str [n], labels int64 [n], logits float [n, K] as they were sent."""
+    """Rows in the order of the expected keys: keys str [n], labels int64 [n] or [n, K], logits float [n, K] as they were sent."""
 
     keys: NDArray[np.str_]
     labels: NDArray[np.int64]
@@ -25,8 +25,8 @@ def pool(parts: Sequence[Mapping[str, Any]], expected_keys: Sequence[str] | NDAr
     The result is the same, bit for bit, however the rows were dealt to ranks and however often one was sent.
 
     Args:
-        parts: for each rank ``{"keys": str [m], "labels": int [m], "logits": float [m, K]}``, of one dtype;
-            m may be 0.
+        parts: for each rank ``{"keys": str [m], "labels": int [m] or [m, K], "logits": float [m, K]}``, of one
+            dtype; m may be 0.
         expected_keys: the key of every image of the split, each once.
         split: its name, for the messages.
 
@@ -55,7 +55,10 @@ def pool(parts: Sequence[Mapping[str, Any]], expected_keys: Sequence[str] | NDAr
             f"the model's score is not a finite number for {int(bad.sum())} of {len(keys)} images{of_split} "
             f"(first: {keys[bad][0]}): training has diverged; lower optim.lr, or set train.precision = fp32"
         )
-    same = (labels == labels[first][inverse]) & (logits == logits[first][inverse]).all(axis=1)
+    same_labels = labels == labels[first][inverse]
+    if labels.ndim == 2:
+        same_labels = same_labels.all(axis=1)
+    same = same_labels & (logits == logits[first][inverse]).all(axis=1)
     if not same.all():
         _fail(np.unique(keys[~same]), "were scored twice with different results", of_split, len(expected))
     rows = first[np.searchsorted(unique, expected)] if len(expected) else np.empty(0, np.int64)
@@ -67,7 +70,7 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.str_], NDArr
     keys, labels, logits = [], [], []
     for part in parts:
         part_keys = np.asarray(part["keys"], dtype=np.str_).reshape(-1)
-        part_labels = np.asarray(part["labels"], dtype=np.int64).reshape(-1)
+        part_labels = np.asarray(part["labels"], dtype=np.int64)
         part_logits = np.asarray(part["logits"])
         if not len(part_keys) == len(part_labels) == len(part_logits):
             raise ValueError(f"{len(part_keys)} keys, {len(part_labels)} labels, {len(part_logits)} rows of logits")

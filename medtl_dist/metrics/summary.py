@@ -56,7 +56,7 @@ def summarise(
 
     Args:
         classes: K names; binary: K = 2 and classes[1] is the positive class.
-        task: "binary" or "multiclass".
+        task: "binary" or "multiclass" (of several labels an image see ``metrics.multilabel``).
         labels: int [n] in 0 … K-1.
         logits: float [n, K], per-class log-odds (``scores.log_odds``), finite, one row per image.
         groups: [n] patient of each image; None when nothing is known about patients.
@@ -86,12 +86,12 @@ def summarise(
         )
     images, patients, mixed = _levels(tuple(classes), labels, logits, groups, aggregate)
     chosen, other = (images, patients) if unit == "image" or patients is None else (patients, images)
-    entry = _entry(chosen, threshold, num_bootstrap, seed) | {"loss": _plain(loss), "mixed_label_groups": mixed}
+    entry = entry_of(chosen, threshold, num_bootstrap, seed) | {"loss": plain(loss), "mixed_label_groups": mixed}
     entry["aggregate"] = aggregate if unit == "patient" else None
     entry["other_level"] = None
     if other is not None:
         # A threshold belongs to the level that it was fixed on, so the other level has none.
-        other_entry = _entry(other, None, num_bootstrap, seed) | {"loss": None}
+        other_entry = entry_of(other, None, num_bootstrap, seed) | {"loss": None}
         other_entry["aggregate"] = aggregate if other.unit == "patient" else None
         entry["other_level"] = other_entry
     return entry
@@ -120,15 +120,15 @@ def _levels(
     return images, patients, mixed
 
 
-def _entry(cases: Cases, threshold: dict | None, num_bootstrap: int, seed: int) -> dict:
+def entry_of(cases: Cases, threshold: dict | None, num_bootstrap: int, seed: int) -> dict:
     binary = len(cases.classes) == 2
     per_class = {name: _class_entry(cases, k) for k, name in enumerate(cases.classes)}
     entry = {"unit": cases.unit, "n": len(cases.labels), "n_groups": cases.num_groups()}
     entry |= _positives(cases, 1) if binary else dict.fromkeys(_positives(cases, 0))
     entry |= _headline_auc(cases, [1] if binary else list(range(len(cases.classes))), num_bootstrap, seed)
     macro = {
-        "auc": _mean(row["auc"] for row in per_class.values()),
-        "average_precision": _mean(row["average_precision"] for row in per_class.values()),
+        "auc": mean_of(row["auc"] for row in per_class.values()),
+        "average_precision": mean_of(row["average_precision"] for row in per_class.values()),
         "n_defined": sum(row["auc"] is not None for row in per_class.values()),
     }
     headline = per_class[cases.classes[1]] if binary else macro
@@ -136,7 +136,7 @@ def _entry(cases: Cases, threshold: dict | None, num_bootstrap: int, seed: int) 
     entry["average_precision_chance"] = (
         entry["prevalence"]
         if binary
-        else _mean(row["prevalence"] for row in per_class.values() if row["average_precision"] is not None)
+        else mean_of(row["prevalence"] for row in per_class.values() if row["average_precision"] is not None)
     )
     entry |= _decisions(cases, threshold) | _calibration(cases)
     entry["curves"] = _curves(cases, 1) if binary else None
@@ -164,9 +164,9 @@ def _class_entry(cases: Cases, k: int) -> dict:
     return {
         "auc": found.auc,
         "auc_undefined": found.reason if found.auc is None else None,
-        "auc_ci": _pair(found.interval),
+        "auc_ci": as_pair(found.interval),
         "ci_method": found.method,
-        "ci_warning": _joined(found.reason if found.auc is not None else None, found.warning),
+        "ci_warning": joined(found.reason if found.auc is not None else None, found.warning),
         "average_precision": ranking.average_precision(positive, values),
         **_positives(cases, k),
     }
@@ -193,14 +193,14 @@ def _headline_auc(cases: Cases, targets: list[int], num_bootstrap: int, seed: in
         intervals.small_sample_warning(parts, counted, name)
         for name, parts in zip(names, defined.values(), strict=True)
     ]
-    entry |= {"auc": found.auc, "auc_ci": _pair(found.interval), "ci_method": found.method}
-    entry["ci_warning"] = _joined(found.reason, *few)
+    entry |= {"auc": found.auc, "auc_ci": as_pair(found.interval), "ci_method": found.method}
+    entry["ci_warning"] = joined(found.reason, *few)
     if num_bootstrap > 0:
         scorings = [(cases.labels == k, cases.logits[:, k]) for k in defined]
         draws = bootstrap.replicate_aucs(
             cases.labels, scorings, cases.codes, num_replicates=num_bootstrap, seed=seed
         ).mean(axis=1)
-        entry["auc_ci_bootstrap"] = _pair(bootstrap.percentile_interval(draws, LEVEL))
+        entry["auc_ci_bootstrap"] = as_pair(bootstrap.percentile_interval(draws, LEVEL))
         entry["bootstrap_replicates"] = len(draws)
     return entry
 
@@ -221,7 +221,7 @@ def _decisions(cases: Cases, threshold: dict | None) -> dict:
             name: operating.rates(cases.labels == k, predicted == k, cases.codes)
             for k, name in enumerate(cases.classes)
         }
-        entry |= {"threshold": None, "rates": by_class, "f1": _mean(row["f1"] for row in by_class.values())}
+        entry |= {"threshold": None, "rates": by_class, "f1": mean_of(row["f1"] for row in by_class.values())}
     entry["accuracy"] = proportions.proportion(predicted == cases.labels, cases.codes)
     entry["balanced_accuracy"] = proportions.balanced_accuracy(cases.labels, predicted, num_classes, cases.codes)
     entry["confusion"] = operating.confusion(cases.labels, predicted, num_classes)
@@ -268,20 +268,20 @@ def _histogram(cases: Cases) -> dict:
     }
 
 
-def _joined(*parts: str | None) -> str | None:
+def joined(*parts: str | None) -> str | None:
     said = list(dict.fromkeys(part for part in parts if part is not None))
     return "; ".join(said) if said else None
 
 
-def _mean(values) -> float | None:
+def mean_of(values) -> float | None:
     defined = [value for value in values if value is not None]
     return float(np.mean(defined)) if defined else None
 
 
-def _pair(interval: tuple[float, float] | None) -> list[float] | None:
+def as_pair(interval: tuple[float, float] | None) -> list[float] | None:
     return None if interval is None else [float(interval[0]), float(interval[1])]
 
 
-def _plain(value: float | None) -> float | None:
+def plain(value: float | None) -> float | None:
     """A float for JSON: what is not finite is None."""
     return float(value) if value is not None and np.isfinite(value) else None

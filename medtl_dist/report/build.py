@@ -23,6 +23,7 @@ from medtl_dist.report.tables import (
     numbers_table,
     provenance_facts,
     shown_splits,
+    threshold_table,
     training_facts,
 )
 from medtl_dist.report.views import split_view
@@ -69,6 +70,7 @@ def render(record: Record) -> str:
         numbers=numbers_table(results),
         classes=classes,
         class_scale=class_scale,
+        at_thresholds=threshold_table(results, keys[0]),
         flow=flow(results.data),
         learning=learning_figures(record),
         history=history_table(record),

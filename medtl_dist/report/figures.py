@@ -168,13 +168,17 @@ def _pr_table(curve: PrCurve) -> Table:
     return Table("Read off the curve, afterwards", ["Sensitivity, at least", "Precision"], rows)
 
 
-def multiclass_figures(classes: Sequence[str], entry: SplitEntry, key: str) -> Iterator[Figure]:
-    """ROC and PR of each class against the rest. Beyond six classes all are grey but the best and the worst."""
+def multiclass_figures(
+    classes: Sequence[str], entry: SplitEntry, key: str, *, several_labels: bool = False
+) -> Iterator[Figure]:
+    """ROC and PR of each class against the rest, or against those without it (``several_labels``). Beyond six classes all are
+    grey but the best and the worst."""
     per_class = entry.per_class or {}
     known = [(name, per_class[name]) for name in dict.fromkeys(classes) if name in per_class]
     drawn = [(name, item, item.curves) for name, item in known if item.curves is not None]
     styles = _styles([(name, item.auc) for name, item, _ in drawn])
     coloured = " In colour: the highest and the lowest AUC." if len(drawn) > charts.NUM_STYLES else ""
+    against = f"{entry.unit}s known to be without it" if several_labels else "all others"
     roc = [Curve(name, c.roc.fpr, c.roc.tpr, styles[name]) for name, _, c in drawn if c.roc]
     pr = [Curve(name, c.pr.recall, c.pr.precision, styles[name]) for name, _, c in drawn if c.pr]
     aucs = {name: decimals(item.auc, missing="undefined") for name, item, _ in drawn}
@@ -184,7 +188,7 @@ def multiclass_figures(classes: Sequence[str], entry: SplitEntry, key: str) -> I
         yield Figure(
             "ROC curves",
             charts.roc_chart(told, _grey_first(roc), None),
-            "Each class against all others. Every point is a possible threshold; the nearer the top left, the better. "
+            f"Each class against {against}. Every point is a possible threshold; the nearer the top left, the better. "
             f"The dashed line is guessing.{coloured}",
             legend=_legend(roc, aucs, "AUC"),
         )

@@ -104,6 +104,13 @@ class ClassEntry(_Part):
     n_positive: int | None = None
     n_positive_groups: int | None = None
     curves: Curves | None = None
+    # Of several labels an image: each class has images of its own, those whose answer is known, and its own threshold.
+    n: int | None = None
+    n_unknown: int | None = None
+    threshold: Threshold | None = None
+    sensitivity: Rate | None = None
+    specificity: Rate | None = None
+    ppv: Rate | None = None
 
 
 class Macro(_Part):
@@ -277,9 +284,14 @@ class Results(_Part):
     cautions: list[str] = []
 
     @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several of the classes, or be unknown for some."""
+        return self.task == "multilabel"
+
+    @property
     def binary(self) -> tuple[str, str] | None:
-        """(negative, positive) class of a task of two classes; None for more."""
-        if len(self.classes) != 2:
+        """(negative, positive) class of a task of two classes; None for more, or several an image."""
+        if len(self.classes) != 2 or self.several_labels:
             return None
         positive = 0 if self.positive_class == self.classes[0] != self.classes[1] else 1
         return self.classes[1 - positive], self.classes[positive]

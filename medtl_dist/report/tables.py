@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from medtl_dist.report import charts
+from medtl_dist.report.figures import Table
 from medtl_dist.report.record import Record
 from medtl_dist.report.schema import Data, Rate, Results, SplitEntry
 from medtl_dist.report.svg import Told
@@ -110,7 +111,9 @@ def numbers_table(results: Results) -> NumbersTable:
     add("F1", "sensitivity and precision in one", lambda e: Value(decimals(e.f1.value if e.f1 else None)))
     add("Brier score", "squared error of the scores, 0 is best", lambda e: Value(decimals(e.brier)))
     add("Calibration error", "mean gap of score and share, 0 is best", lambda e: Value(decimals(e.ece)))
-    add("Loss", "cross-entropy", lambda e: Value(decimals(e.loss)))
+    add(
+        "Loss", "binary cross-entropy" if results.several_labels else "cross-entropy", lambda e: Value(decimals(e.loss))
+    )
     return NumbersTable([heading for heading, _ in columns], rows, notes(results))
 
 
@@ -143,11 +146,35 @@ def class_rows(results: Results, key: str) -> tuple[list[ClassRow], str]:
     return rows, f"{low:g} to 1"
 
 
+def threshold_table(results: Results, key: str) -> Table | None:
+    """Of several labels an image: what each class gives at its own threshold; None for other tasks."""
+    entry = results.splits[key]
+    if not results.several_labels or not entry.per_class:
+        return None
+
+    def cell(rate: Rate | None) -> str:
+        if rate is None or rate.value is None:
+            return MISSING
+        return f"{percent(rate.value)} ({interval(rate.ci, as_percent=True)})" if rate.ci else percent(rate.value)
+
+    rows = []
+    for name in (name for name in results.classes if name in entry.per_class):
+        item = entry.per_class[name]
+        value = decimals(item.threshold.value if item.threshold else None)
+        rates = [cell(rate) for rate in (item.sensitivity, item.specificity, item.ppv)]
+        rows.append([name, count(item.n), count(item.n_unknown), value, *rates])
+    head = ["Class", "Known", "Unknown", "Threshold", "Sensitivity", "Specificity", "Positive predictive value"]
+    wording = f"Counts of {entry.unit}s; each class has a threshold of its own, fixed on validation"
+    return Table(f"{wording}, and its known answers alone are counted", head, rows)
+
+
 def notes(results: Results) -> list[str]:
     """What to know of the numbers table: empty cells, how patients were scored, patients of more than one class."""
     entry = results.splits[shown_splits(results)[0]]
     other = entry.other_level
     said = []
+    if results.several_labels:
+        said.append("Numbers of the whole are means over the classes, each over its known answers.")
     if results.binary and entry.threshold and other and not other.threshold:
         said.append(f"The threshold was fixed by {entry.unit}, so what depends on it is not given by {other.unit}.")
     patients = next((item for item in (entry, other) if item is not None and item.unit == "patient"), None)

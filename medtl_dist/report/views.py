@@ -23,6 +23,7 @@ from medtl_dist.report.wording import (
     percent,
     plural,
     rule,
+    several_labels_sentence,
     split_name,
     typeset,
 )
@@ -116,7 +117,8 @@ def _headline_sentence(results: Results, entry: SplitEntry, names: tuple[str, st
     if names:
         return pairs_sentence(entry.auc, entry.auc_ci, unit=entry.unit, positive=names[1], confidence=entry.ci_level)
     defined = entry.macro.n_defined if entry.macro else None
-    return macro_sentence(entry.auc, unit=entry.unit, num_classes=len(results.classes), num_defined=defined)
+    sentence = several_labels_sentence if results.several_labels else macro_sentence
+    return sentence(entry.auc, unit=entry.unit, num_classes=len(results.classes), num_defined=defined)
 
 
 def _scale(key: str, entry: SplitEntry) -> Markup | None:
@@ -224,4 +226,4 @@ def _figures(results: Results, entry: SplitEntry, key: str) -> list[Figure]:
     if results.binary:
         threshold = entry.threshold or results.threshold
         return list(binary_figures(entry, key, *results.binary, threshold.value if threshold else None))
-    return list(multiclass_figures(results.classes, entry, key))
+    return list(multiclass_figures(results.classes, entry, key, several_labels=results.several_labels))

@@ -124,6 +124,18 @@ def macro_sentence(auc: float, *, unit: str, num_classes: int, num_defined: int 
     )
 
 
+def several_labels_sentence(auc: float, *, unit: str, num_classes: int, num_defined: int | None) -> str:
+    """What a macro AUC means where an image may have several classes, or be unknown for some."""
+    base, right, _ = pair_counts(auc, None)
+    some = num_defined is not None and num_defined < num_classes
+    of = f"the {num_defined} of {num_classes} classes that have both" if some else f"{num_classes} classes"
+    return (
+        f"For each class in turn, take {base} pairs of one {unit} known to have it and one known not to: the model gives the "
+        f"first the higher score for the class in {'all' if auc == 1 else 'about'} {right} of them (mean over {of}). "
+        f"Guessing gives 50 of 100. What is unknown of {'an image' if unit == 'image' else f'a {unit}'} is counted nowhere."
+    )
+
+
 def typeset(text: str) -> str:
     """Typewriter apostrophes and comparison signs as a printer sets them."""
     return text.replace("'", "’").replace(">=", "≥")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from medtl_dist import collectives
+from medtl_dist.data.label_sets import TASK, UNKNOWN
 from medtl_dist.data.loader import Loader
 from medtl_dist.data.shards import Dataset, read_split
 from medtl_dist.data.stream import Batch, eval_batches
@@ -38,7 +39,8 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A split's pooled scores in index order: ``keys`` [n] hex, ``labels`` int64 [n], ``outputs`` float64 [n, classes]."""
+    """A split's pooled scores in index order: ``keys`` [n] hex, ``labels`` int64 [n], or label sets [n, classes] with -1 for
+    unknown, ``outputs`` float64 [n, classes]."""
 
     keys: list[str]
     labels: np.ndarray
@@ -46,7 +48,14 @@ class Predictions:
 
     @property
     def logits(self) -> np.ndarray:
-        return log_odds(self.outputs)
+        """float64 [n, classes], log-odds of each class: against the others, of a label set against its absence."""
+        return self.outputs.astype(np.float64) if self.labels.ndim == 2 else log_odds(self.outputs)
+
+    @property
+    def loss(self) -> float:
+        """Mean over the images, of label sets over the known answers; no weights, no smoothing."""
+        mean = binary_cross_entropy if self.labels.ndim == 2 else cross_entropy
+        return mean(self.outputs, self.labels)
 
 
 def cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -55,6 +64,14 @@ def cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
     peak = z.max(axis=1, keepdims=True)
     log_sum = peak[:, 0] + np.log(np.exp(z - peak).sum(axis=1))
     return float((log_sum - z[np.arange(len(labels)), labels]).mean())
+
+
+def binary_cross_entropy(outputs: np.ndarray, sets: np.ndarray) -> float:
+    """Mean ``-log p(answer)`` in float64 over what is known; 0 where nothing is. ``outputs`` [n, classes], ``sets`` int
+    [n, classes] of 1, 0 and -1."""
+    known = sets != UNKNOWN
+    signed = np.where(sets == 1, -1.0, 1.0)[known] * outputs.astype(np.float64)[known]
+    return float(np.logaddexp(0.0, signed).mean()) if known.any() else 0.0
 
 
 @torch.no_grad()
@@ -86,9 +103,10 @@ def score_split(
         scorer.model.train(was_training)
     collectives.raise_together(failure)
     num_classes = len(dataset.classes)
+    no_labels = (0, num_classes) if dataset.task == TASK else (0,)
     part = {
         "keys": keys,
-        "labels": np.concatenate(labels) if labels else np.zeros(0, np.int64),
+        "labels": np.concatenate(labels) if labels else np.zeros(no_labels, np.int64),
         "logits": np.concatenate(outputs) if outputs else np.zeros((0, num_classes), np.float32),
     }
     parts = collectives.gather_to_rank_0(part)
@@ -131,12 +149,18 @@ def hex_keys(table: pa.Table) -> list[str]:
 
 
 def predictions_table(dataset: Dataset, split: str, predictions: Predictions) -> pa.Table:
-    """The table of ``predictions/{split}.parquet``: key, group, domain, kept columns, label, logit_ and score_ per class."""
+    """The table of ``predictions/{split}.parquet``: key, group, domain, kept columns, label (of label sets label_ per
+    class, null for unknown), logit_ and score_ per class."""
     index = read_split(dataset, split)
     own = {"key", "sha256", "split", "label", "shard", "offset", "size", "width", "height", "channels"}
     columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray | list[str]] = {"key": predictions.keys}
     columns |= {name: index.column(name) for name in index.column_names if name not in own}
-    columns["label"] = predictions.labels
+    if predictions.labels.ndim == 2:
+        for k, name in enumerate(dataset.classes):
+            values = predictions.labels[:, k].astype(np.int8)
+            columns[f"label_{name}"] = pa.array(values, mask=values == UNKNOWN)
+    else:
+        columns["label"] = predictions.labels
     logits = predictions.logits
     for k, name in enumerate(dataset.classes):
         columns[f"logit_{name}"] = logits[:, k]

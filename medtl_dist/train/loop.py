@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from medtl_dist import collectives
 from medtl_dist.config import Config
+from medtl_dist.data.label_sets import UNKNOWN
 from medtl_dist.data.stream import Batch
 from medtl_dist.errors import Interrupted, MedtlError, TrainingError
 from medtl_dist.metrics.ranking import average_precision, roc_auc
@@ -24,7 +25,7 @@ from medtl_dist.run import Run, Signal
 from medtl_dist.train import ema, losses, optim
 from medtl_dist.train.clock import Clock
 from medtl_dist.train.conclude import conclude
-from medtl_dist.train.evaluate import Predictions, cross_entropy, score_split
+from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.session import Session, agreed, start, train_stream
 from medtl_dist.train.setup import average_buffers
 from medtl_dist.train.state import best_row, due, save
@@ -206,11 +207,16 @@ def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float 
     """The quick numbers of an epoch; intervals and curves are made once, at the end."""
     logits, labels = predictions.logits, predictions.labels
     columns = [1] if session.dataset.task == "binary" else range(logits.shape[1])
-    aucs = [roc_auc(labels == k, logits[:, k]) for k in columns]
-    precisions = [average_precision(labels == k, logits[:, k]) for k in columns]
+    if labels.ndim == 2:
+        known = [labels[:, k] != UNKNOWN for k in columns]
+        questions = [(labels[rows, k] == 1, logits[rows, k]) for k, rows in zip(columns, known, strict=True)]
+    else:
+        questions = [(labels == k, logits[:, k]) for k in columns]
+    aucs = [roc_auc(*question) for question in questions]
+    precisions = [average_precision(*question) for question in questions]
     return {
         "val_auc": _mean_defined(aucs),
-        "val_loss": cross_entropy(predictions.outputs, labels),
+        "val_loss": predictions.loss,
         "val_average_precision": _mean_defined(precisions),
     }
 

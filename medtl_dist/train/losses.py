@@ -1,6 +1,8 @@
 """model → fit: the loss of a batch, and its share of the global denominator.
 
-Targets are labels, int64 [batch], or shares of the classes, float32 [batch, classes] with rows that add to 1 (mixed images).
+Targets are labels, int64 [batch], or shares of the classes, float32 [batch, classes] with rows that add to 1 (mixed images),
+or label sets, int64 [batch, classes] of 1, 0 and -1 for unknown: then each class is a question of its own, and the loss is the
+mean over the known answers, however they fall to images, ranks and parts of a batch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medtl_dist.config import Train
+from medtl_dist.data.label_sets import UNKNOWN
 from medtl_dist.errors import UserError
 
 
@@ -24,9 +27,11 @@ def loss_sum(logits: Tensor, targets: Tensor, config: Train, class_weights: Tens
     Args:
         logits: [batch, classes], any float dtype; computed in float32.
         targets: see the module.
-        class_weights: float32 [classes] or None.
+        class_weights: float32 [classes] or None; of label sets the weight of a class's positives, its negatives weighing 1.
     """
     logits = logits.float()
+    if _are_sets(targets):
+        return _binary_loss_sum(logits, targets, config, class_weights)
     if config.loss == "cross_entropy":
         return F.cross_entropy(
             logits, targets, weight=class_weights, label_smoothing=config.label_smoothing, reduction="sum"
@@ -42,8 +47,30 @@ def loss_sum(logits: Tensor, targets: Tensor, config: Train, class_weights: Tens
     return -(weighted * rest**config.focal_gamma * log_p).sum()
 
 
+def _are_sets(targets: Tensor) -> bool:
+    return targets.ndim == 2 and not targets.is_floating_point()
+
+
+def _binary_loss_sum(logits: Tensor, sets: Tensor, config: Train, positive_weights: Tensor | None) -> Tensor:
+    """Binary cross-entropy of every known answer, or its focal form ``-(1 - p_t)^γ log p_t`` (Lin et al. 2017, equation 4);
+    a positive answer times its class's weight, as ``pos_weight`` of PyTorch's BCEWithLogitsLoss."""
+    # log p_t of the right answer is log σ of its logit, signed. Unknown answers get logit 0, a constant: whatever the model
+    # says there, NaN included, reaches neither the sum nor a gradient.
+    signed = torch.where(sets == UNKNOWN, torch.zeros_like(logits), torch.where(sets == 1, logits, -logits))
+    terms = -F.logsigmoid(signed)
+    if config.loss == "focal":
+        rest = torch.sigmoid(-signed).clamp_min(torch.finfo(torch.float32).tiny)
+        terms = terms * rest**config.focal_gamma
+    if positive_weights is not None:
+        terms = terms * torch.where(sets == 1, positive_weights, torch.ones_like(positive_weights))
+    return terms.masked_fill(sets == UNKNOWN, 0.0).sum()
+
+
 def loss_weight(targets: Tensor, class_weights: Tensor | None) -> float:
-    """The batch's share of the loss's denominator: its images, or the sum of their classes' weights."""
+    """The batch's share of the loss's denominator: its images, or the sum of their classes' weights; of label sets its known
+    answers, whatever weighs them."""
+    if _are_sets(targets):
+        return float((targets != UNKNOWN).sum())
     if class_weights is None:
         return float(targets.shape[0])
     weights = class_weights.cpu().double()
@@ -69,6 +96,20 @@ def class_weights_of(
             f"train.class_weights: no class {', '.join(unknown)} in the data set; its classes: {', '.join(classes)}."
         )
     return [float(given.get(name, 1.0)) for name in classes]
+
+
+def positive_weights_of(
+    given: str | Mapping[str, float], classes: Sequence[str], positives: Sequence[int], negatives: Sequence[int]
+) -> list[float] | None:
+    """``train.class_weights`` of label sets: the weight of each class's positives, None for none.
+
+    Balanced: known negatives / positives, as PyTorch's BCEWithLogitsLoss advises for ``pos_weight``, so that both answers of a
+    class weigh alike; 1 where the training images know only one of them. Raises UserError for a name that is no class.
+    """
+    if given == "balanced":
+        pairs = zip(positives, negatives, strict=True)
+        return [negative / positive if positive and negative else 1.0 for positive, negative in pairs]
+    return class_weights_of(given, classes, positives)
 
 
 def balanced_class_weights(counts: Sequence[int]) -> list[float]:

@@ -67,7 +67,7 @@ def _record(
     if split == "test":
         known["test_openings"] = results.note_opening(config, dataset, run.folder)
     results.write_predictions(run.folder, dataset, split, predictions)
-    entry = results.summarise_split(config, dataset, split, predictions, known["threshold"])
+    entry = results.summarise_split(config, dataset, split, predictions, known)
     known["splits"][split] = entry
     known["headline"] = results.headline(known["splits"])
     known["cautions"] = results.cautions(config, dataset, known["model"]["weights"], known["splits"])

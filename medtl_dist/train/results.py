@@ -20,15 +20,17 @@ import torch
 
 from medtl_dist import __version__
 from medtl_dist.config import Config
+from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.shards import Dataset, read_split
 from medtl_dist.errors import DataError
+from medtl_dist.metrics.multilabel import fix_thresholds, summarise_label_sets
 from medtl_dist.metrics.operating import choose_threshold
 from medtl_dist.metrics.scores import by_patient
 from medtl_dist.metrics.summary import summarise
 from medtl_dist.models.freezing import count_parameters
 from medtl_dist.run import Folder
 from medtl_dist.train.clock import ACTIVITIES
-from medtl_dist.train.evaluate import Predictions, cross_entropy, predictions_table
+from medtl_dist.train.evaluate import Predictions, predictions_table
 from medtl_dist.train.ledger import count_openings, record_opening
 from medtl_dist.train.session import Session
 
@@ -43,11 +45,11 @@ def write(session: Session, best: Mapping[str, Any], scored: Mapping[str, Predic
     """
     config, dataset, folder = session.config, session.dataset, session.run.folder
     openings = note_opening(config, dataset, folder) if "test" in scored else None
-    threshold = fix_threshold(config, dataset, scored["val"])
+    fixed = operating_points(config, dataset, scored["val"])
     entries: dict[str, Any] = {}
     for split, predictions in scored.items():
         write_predictions(folder, dataset, split, predictions)
-        entries[split] = summarise_split(config, dataset, split, predictions, threshold)
+        entries[split] = summarise_split(config, dataset, split, predictions, fixed)
     history = [row | {"best": row["epoch"] == best["epoch"]} for row in session.position.history]
     folder.write("history.parquet", _parquet(pa.Table.from_pylist(history)))
     counts = count_parameters(session.network.model)
@@ -59,7 +61,7 @@ def write(session: Session, best: Mapping[str, Any], scored: Mapping[str, Predic
         "positive_class": dataset.positive_class,
         "splits": entries,
         "headline": headline(entries),
-        "threshold": threshold,
+        **fixed,
         "best_epoch": best["epoch"],
         "best_checkpoint": best["checkpoint"],
         "epochs_run": session.position.epoch,
@@ -93,17 +95,30 @@ def write(session: Session, best: Mapping[str, Any], scored: Mapping[str, Predic
 
 
 def summarise_split(
-    config: Config, dataset: Dataset, split: str, predictions: Predictions, threshold: dict[str, Any] | None
+    config: Config, dataset: Dataset, split: str, predictions: Predictions, fixed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A split's entry of ``results.json`` at the config's unit."""
+    """A split's entry of ``results.json`` at the config's unit. ``fixed``: as ``operating_points``."""
+    if dataset.task == TASK:
+        return summarise_label_sets(
+            classes=list(dataset.classes),
+            sets=predictions.labels,
+            logits=predictions.logits,
+            groups=groups_of(dataset, split),
+            loss=predictions.loss,
+            thresholds=fixed["thresholds"],
+            unit=config.evaluate.unit,
+            aggregate=config.evaluate.aggregate,
+            num_bootstrap=config.evaluate.bootstrap_samples,
+            seed=config.train.seed,
+        )
     return summarise(
         classes=list(dataset.classes),
         task=dataset.task,
         labels=predictions.labels,
         logits=predictions.logits,
         groups=groups_of(dataset, split),
-        loss=cross_entropy(predictions.outputs, predictions.labels),
-        threshold=threshold,
+        loss=predictions.loss,
+        threshold=fixed["threshold"],
         unit=config.evaluate.unit,
         aggregate=config.evaluate.aggregate,
         num_bootstrap=config.evaluate.bootstrap_samples,
@@ -116,6 +131,22 @@ def groups_of(dataset: Dataset, split: str) -> np.ndarray | None:
     if dataset.group_source == "none":
         return None
     return np.asarray(read_split(dataset, split, columns=["group"]).column("group").to_pylist())
+
+
+def operating_points(config: Config, dataset: Dataset, val: Predictions) -> dict[str, Any]:
+    """The entry ``threshold`` of ``results.json``, and of several labels an image also ``thresholds``, by class."""
+    if dataset.task != TASK:
+        return {"threshold": fix_threshold(config, dataset, val)}
+    by_class = fix_thresholds(
+        classes=dataset.classes,
+        sets=val.labels,
+        logits=val.logits,
+        groups=groups_of(dataset, "val"),
+        unit=config.evaluate.unit,
+        aggregate=config.evaluate.aggregate,
+        sensitivity=config.evaluate.sensitivity,
+    )
+    return {"threshold": None, "thresholds": by_class}
 
 
 def fix_threshold(config: Config, dataset: Dataset, val: Predictions) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medtl_dist import collectives
 from medtl_dist.config import Config
+from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.loader import Loader
 from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
@@ -32,6 +33,7 @@ from medtl_dist.train.recompute import recompute_stages
 from medtl_dist.train.setup import (
     Network,
     check_augmentation,
+    check_label_sets,
     create_network,
     open_shards,
     scorer_of,
@@ -87,6 +89,7 @@ def start(config: Config, run: Run) -> Session:
     torch.manual_seed(config.train.seed * 1009 + run.rank)
     dataset = agreed(lambda: open_shards(config))
     agreed(lambda: check_augmentation(config, dataset))
+    agreed(lambda: check_label_sets(config, dataset))
     strata = agreed(lambda: sampling_of(config, dataset))
     plan = agreed(lambda: plan_of(config, dataset, strata=strata))
     own_batch = agreed(lambda: own_batch_of(plan, run))
@@ -166,6 +169,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
         raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
     check_unfreezing(config, spec(config.model.backbone))
     check_augmentation(config, dataset)
+    check_label_sets(config, dataset)
     _class_weights(config, dataset, torch.device("cpu"))
     check_world_size(
         plan_of(config, dataset, strata=sampling_of(config, dataset)).num_lanes,
@@ -203,10 +207,13 @@ def plan_of(config: Config, dataset: Dataset, epoch: int = 0, strata: Strata | N
 
 
 def _class_weights(config: Config, dataset: Dataset, device: torch.device) -> Tensor | None:
-    counts = dataset.info["splits"]["train"]["classes"]
-    weights = losses.class_weights_of(
-        config.train.class_weights, dataset.classes, [counts.get(name, 0) for name in dataset.classes]
-    )
+    entry = dataset.info["splits"]["train"]
+    counts = [entry["classes"].get(name, 0) for name in dataset.classes]
+    if dataset.task == TASK:
+        negatives = [entry["negatives"].get(name, 0) for name in dataset.classes]
+        weights = losses.positive_weights_of(config.train.class_weights, dataset.classes, counts, negatives)
+    else:
+        weights = losses.class_weights_of(config.train.class_weights, dataset.classes, counts)
     return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from medtl_dist import collectives
 from medtl_dist.config import Config
+from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
 from medtl_dist.errors import MedtlError, UserError
@@ -21,8 +22,11 @@ from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
 from medtl_dist.storage import StorageOptions
+from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
+
+TASKS = ("binary", "multiclass", TASK)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def open_shards(config: Config) -> Dataset:
     if config.data.shards is None:
         raise UserError("data.shards is not set: give the folder of a shard set, for example --set data.shards=my_set.")
     dataset = open_dataset(config.data.shards, storage_of(config))
-    if dataset.task not in ("binary", "multiclass"):
-        raise UserError(f"{config.data.shards}: task {dataset.task} is not supported here; binary and multiclass are.")
+    if dataset.task not in TASKS:
+        raise UserError(f"{config.data.shards}: task {dataset.task!r} is not known; {', '.join(TASKS)} are.")
     for split in ("train", "val"):
         if not dataset.shards(split):
             raise UserError(f"{config.data.shards}: the set has no {split} images; pack it with a {split} split.")
@@ -209,6 +213,22 @@ def check_augmentation(config: Config, dataset: Dataset) -> None:
         raise UserError(
             f"augment.stain_model = hematoxylin_eosin needs RGB images, and {dataset.folder} holds grey ones: give "
             "augment.stain_model=color, or augment.stain_jitter=0."
+        )
+
+
+def check_label_sets(config: Config, dataset: Dataset) -> None:
+    """Raises UserError for what has no meaning where an image has several labels, some of them unknown."""
+    if dataset.task != TASK:
+        return
+    if mixing.on(config.augment):
+        raise UserError(
+            f"{dataset.folder} has several labels an image, and what of a mixed image is unknown would be anyone's guess: "
+            "give augment.mixup_alpha=0 and augment.cutmix_alpha=0."
+        )
+    if config.train.label_smoothing > 0:
+        raise UserError(
+            f"train.label_smoothing spreads one label over the classes, and {dataset.folder} has several labels an image: "
+            "give train.label_smoothing=0."
         )
 
 

@@ -133,8 +133,8 @@ def test_medmnist_keeps_its_splits(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         (
-            {"train_labels": np.zeros((6, 14), dtype=np.uint8)},
-            "14 labels per image; multi-label sets cannot be packed yet",
+            {"train_labels": np.full((6, 14), 2, dtype=np.uint8)},
+            "14 labels per image, and not only 0 and 1",
         ),
         ({"val_labels": np.zeros((2, 1), dtype=np.float32)}, r"val_labels has shape \(2, 1\), float32; integers"),
         ({"train_images": np.zeros((6, 28, 28, 28), dtype=np.uint8)}, "3D sets cannot be packed"),
