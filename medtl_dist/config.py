@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -174,7 +176,14 @@ class Model(_Section):
     backbone: str = Field(
         default="resnet101", description="Name of a network (`medtl models` lists them), or timm/NAME."
     )
-    weights: str = Field(default="imagenet", description="imagenet, random, or a .pth or .safetensors file.")
+    weights: str = Field(
+        default="imagenet",
+        description="imagenet, random, a .pth or .safetensors file, or, in a stage of transfer.stages, stage:NAME.",
+    )
+    keep_head: bool = Field(
+        default=True,
+        description="Take the head of a weights file too, where it has as many outputs; false: a new head in any case.",
+    )
     frozen_depth: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         default=0,
         description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head.",
@@ -301,6 +310,16 @@ class Evaluate(_Section):
     )
 
 
+class Transfer(_Section):
+    """A chain of trainings, each from the best checkpoint of the one before: source, perhaps shared, then target."""
+
+    stages: list[dict[str, Any]] = Field(
+        default=[],
+        description="Two or more stages: a name, and below data, augment, model, optim, schedule, train and evaluate what "
+        "differs from the keys of the whole config; [] trains once.",
+    )
+
+
 class Cluster(_Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Ray Train workers; 0: in this process, no Ray."
@@ -325,7 +344,13 @@ class Config(_Section):
     schedule: Schedule = Schedule()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    transfer: Transfer = Transfer()
     cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _stages_are_configs(self) -> Config:
+        stages_of(self)
+        return self
 
     @model_validator(mode="after")
     def _rare_classes_are_favoured_once(self) -> Config:
@@ -341,11 +366,93 @@ class Config(_Section):
 
     def sha256(self) -> str:
         """Hex digest of what decides the numbers: the tree less ``cluster``, places and time-outs."""
-        tree = self.model_dump(
-            mode="json",
-            exclude={"cluster": True, "data": _PLACE_KEYS, "train": {"collective_timeout_s"}},
-        )
+        tree = _counting(self.model_dump(mode="json"))
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a chain; ``config`` is complete, and its ``model.weights`` may be ``stage:NAME`` of an earlier one."""
+
+    name: str
+    config: Config
+
+
+_STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_STAGE_SECTIONS = ("data", "augment", "model", "optim", "schedule", "train", "evaluate")
+FROM_STAGE = "stage:"  # what model.weights begins with where it names a stage
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of ``config.transfer``, each the whole config with its own keys in it; [] where there are none.
+
+    A stage that names no weights starts from the one before it. A stage that names a set of augmentations starts from
+    that set.
+
+    Raises:
+        ConfigError: a stage without a name of its own, with an unknown or refused key, or with weights from a stage that is
+            not before it or has another network.
+    """
+    whole = config.model_dump(mode="json", exclude={"transfer"})
+    stages: list[Stage] = []
+    for number, entry in enumerate(config.transfer.stages, start=1):
+        name = entry.get("name")
+        where = f"transfer.stages, stage {number}"
+        if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name) or name in [stage.name for stage in stages]:
+            raise ConfigError(
+                f"{where}: name = {name!r}: expected a name of its own of at most 40 of a-z, 0-9, - and _, such as source."
+            )
+        where += f" ({name})"
+        own = {section: keys for section, keys in entry.items() if section != "name"}
+        for section, keys in own.items():
+            if section not in _STAGE_SECTIONS:
+                raise ConfigError(f"{where}: unknown key {section}; a stage has: name, {', '.join(_STAGE_SECTIONS)}")
+            if not isinstance(keys, Mapping):
+                raise ConfigError(f"{where}: {section} = {keys!r}: expected keys below it")
+        tree = {section: dict(keys) | dict(own.get(section, {})) for section, keys in whole.items()}
+        if "name" in own.get("augment", {}):
+            tree["augment"] = dict(own["augment"])
+        if stages and "weights" not in own.get("model", {}):
+            tree["model"] |= {"weights": FROM_STAGE + stages[-1].name, "zero_init_residual": False} | own.get(
+                "model", {}
+            )
+        try:
+            stage = Stage(name, validate(tree))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.message}") from None
+        _check_origin(stage, stages, where)
+        stages.append(stage)
+    if len(stages) == 1:
+        raise ConfigError("transfer.stages: one stage is no chain; give two or more, or put its keys into the config.")
+    return stages
+
+
+def _check_origin(stage: Stage, before: list[Stage], where: str) -> None:
+    """Raises ConfigError where the stage's weights can't come from the stage that they name."""
+    weights = stage.config.model.weights
+    if not weights.startswith(FROM_STAGE):
+        return
+    origin = next((one for one in before if FROM_STAGE + one.name == weights), None)
+    if origin is None:
+        earlier = ", ".join(one.name for one in before) or "none"
+        raise ConfigError(
+            f"{where}: model.weights = {weights}: there is no such stage before it (there are: {earlier})."
+        )
+    if origin.config.model.backbone != stage.config.model.backbone:
+        raise ConfigError(
+            f"{where}: model.backbone = {stage.config.model.backbone} can't start from stage {origin.name}, which is a "
+            f"{origin.config.model.backbone}: give the same backbone, or model.weights (imagenet, random, a file, stage:NAME)."
+        )
+
+
+def _counting(tree: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config less what decides no number: ``cluster``, places and time-outs, in the stages too."""
+    kept = {section: keys for section, keys in tree.items() if section != "cluster"}
+    for part in (kept, *(tree["transfer"]["stages"] if "transfer" in tree else [])):
+        for section, left_out in (("data", _PLACE_KEYS), ("train", {"collective_timeout_s"})):
+            if section in part:
+                part[section] = {key: value for key, value in part[section].items() if key not in left_out}
+    return kept
 
 
 class _Loader(yaml.SafeLoader):
@@ -436,14 +543,8 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
-    a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-    place = {"train.collective_timeout_s", *(f"data.{key}" for key in _PLACE_KEYS)}
-    differing = (key for key in {**a, **b} if a.get(key) != b.get(key))
-    return [
-        f"{key}: {a.get(key)} -> {b.get(key)}"
-        for key in differing
-        if key not in place and not key.startswith("cluster.")
-    ]
+    a, b = (_flat(_counting(config.model_dump(mode="json"))) for config in (one, other))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

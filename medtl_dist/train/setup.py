@@ -110,6 +110,7 @@ def create_network(
             in_channels=dataset.channels,
             weights=config.model.weights if rank == 0 and load_weights else "random",
             normalisation=normalisation,
+            keep_head=config.model.keep_head,
             zero_init_residual=config.model.zero_init_residual,
             image_size_px=config.data.image_size_px,
             seed=config.train.seed,

@@ -150,6 +150,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         "evaluate.aggregate": "max",
         "data.normalisation": "half",
         "data.eval_view": "squash",
+        "transfer.stages": [{"name": "a"}, {"name": "b", "model": {"weights": "imagenet"}}],
     }
     for dotted in sorted(flat):
         section, key = dotted.split(".")

@@ -1,0 +1,184 @@
+"""`medtl train` with transfer.stages: source, then target, on tiny sets and a tiny network, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from shard_sets import write_set
+from tiny_backbone import tiny_registered
+
+from medtl_dist.cli.main import run
+from medtl_dist.config import load_config
+from medtl_dist.train import loop
+from medtl_dist.train.setup import create_network, open_shards
+
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    with tiny_registered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A source set, a target set of the same classes, and one of others."""
+    place = tmp_path_factory.mktemp("sets")
+    sizes = {"source": [20, 12], "target": [18], "other": [18]}
+    for name, train in sizes.items():
+        write_set(place / name, {"train": train, "val": [12], "test": [12]})
+    info = json.loads((place / "other" / "dataset.json").read_text())
+    info |= {"classes": ["BENIGN", "MALIGNANT"], "positive_class": "MALIGNANT"}
+    (place / "other" / "dataset.json").write_text(json.dumps(info))
+    return {name: place / name for name in sizes}
+
+
+def _config(place: Path, stages: list[dict[str, Any]], **transfer: Any) -> Path:
+    tree = {
+        "data": {"image_size_px": 16, "global_batch_size": 6, "eval_batch_size": 6, "loader_workers": 0},
+        "model": {"backbone": "tiny", "weights": "random"},
+        "train": {"epochs": 2, "precision": "fp32", "threads": 1},
+        "evaluate": {"bootstrap_samples": 20},
+        "transfer": {"stages": stages} | transfer,
+    }
+    file = place / "chain.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def _stage(name: str, shards: Path, **sections: Any) -> dict[str, Any]:
+    return {"name": name, "data": {"shards": str(shards)}} | sections
+
+
+def _train(file: Path, folder: Path, *options: str) -> int:
+    return run(["train", "--config", str(file), "--run-dir", str(folder), *options])
+
+
+@pytest.fixture
+def stages(sets: dict[str, Path]) -> list[dict[str, Any]]:
+    return [_stage("source", sets["source"]), _stage("target", sets["target"], train={"epochs": 3})]
+
+
+def _best(folder: Path) -> Path:
+    step = json.loads((folder / "results.json").read_text())["best_checkpoint"]
+    return folder / "checkpoints" / f"{step:08d}" / "model.safetensors"
+
+
+def test_the_target_starts_from_the_sources_best_checkpoint(
+    stages: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert _train(_config(tmp_path, stages), folder, "--json", "--test") == 0
+    captured = capsys.readouterr()
+    index = json.loads(captured.out)
+    assert index == json.loads((folder / "chain.json").read_text())
+    source, target = (folder / entry["folder"] for entry in index["stages"])
+    assert (source.name, target.name, index["finished"]) == ("1-source", "2-target", True)
+    assert "stage 2 of 2, target: starts from the best checkpoint of source (epoch " in captured.err
+    assert "), its head too" in captured.err
+    results = json.loads((target / "results.json").read_text())
+    assert results["model"]["weights_sha256"] == hashlib.sha256(_best(source).read_bytes()).hexdigest()
+    assert results["model"]["weights"] == f"checkpoint {int(_best(source).parent.name)} of run 1-source"
+    assert results["epochs_run"] == 3
+    for part in (source, target):
+        assert (part / "report.html").is_file()
+    # test: opened by the last stage alone, and counted beside the whole run
+    assert "test" not in json.loads((source / "results.json").read_text())["splits"]
+    assert results["test_openings"] == {"count": 1, "configurations": 1}
+    assert (tmp_path / "test_openings.jsonl").is_file()
+    # what the target began with is the source's model to the last bit
+    config = load_config(file=target / "config.yaml")
+    network = create_network(config, open_shards(config), device=torch.device("cpu"), rank=0)
+    assert all((network.model.state_dict()[name] == tensor).all() for name, tensor in load_file(_best(source)).items())
+
+
+def test_other_classes_get_a_new_head_on_the_same_backbone(sets: dict[str, Path], tmp_path: Path) -> None:
+    stages = [
+        _stage("source", sets["source"], train={"epochs": 1}),
+        _stage("target", sets["other"], train={"epochs": 1}),
+    ]
+    folder = tmp_path / "run"
+    assert _train(_config(tmp_path, stages), folder) == 0
+    entry = json.loads((folder / "chain.json").read_text())["stages"][1]
+    assert entry["origin"].endswith("a new head for other classes")
+    config = load_config(file=folder / "stages" / "2-target" / "config.yaml")
+    network = create_network(config, open_shards(config), device=torch.device("cpu"), rank=0)
+    own, carried = network.model.state_dict(), load_file(_best(folder / "stages" / "1-source"))
+    assert (own["layer1.conv1.weight"] == carried["layer1.conv1.weight"]).all()
+    assert not (own["fc.weight"] == carried["fc.weight"]).any()
+
+
+def test_an_interrupted_chain_goes_on_in_its_stage_and_ends_with_the_same_bits(
+    stages: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _config(tmp_path, stages)
+    assert _train(file, tmp_path / "whole") == 0
+    close_epoch = loop.close_epoch
+
+    def dying(session: Any, clock: Any) -> None:
+        close_epoch(session, clock)
+        if session.run.folder.path.endswith("2-target") and session.position.epoch == 2:
+            raise SystemExit(9)
+
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "close_epoch", dying)
+        with pytest.raises(SystemExit):
+            _train(file, broken)
+    assert not (broken / "stages" / "2-target" / "results.json").exists()
+    assert json.loads((broken / "chain.json").read_text())["finished"] is False
+    assert run(["status", str(broken)]) == 0
+    assert "2-target: stopped" in capsys.readouterr().out
+    before = (broken / "stages" / "1-source" / "results.json").stat().st_mtime_ns
+    assert _train(file, broken) == 2  # not without --resume
+    assert _train(file, broken, "--resume") == 0
+    assert "1-source had already finished." in capsys.readouterr().err
+    assert (broken / "stages" / "1-source" / "results.json").stat().st_mtime_ns == before
+    for number in ("1-source", "2-target"):
+        one, other = (load_file(_best(tmp_path / name / "stages" / number)) for name in ("whole", "broken"))
+        assert all((one[key] == other[key]).all() for key in one)
+    assert run(["status", str(broken)]) == 0
+    assert capsys.readouterr().out.startswith("broken: finished")
+
+
+def test_another_chain_is_refused_in_the_folder(
+    stages: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [stage | {"train": {"epochs": 1}} for stage in stages]
+    folder = tmp_path / "run"
+    assert _train(_config(tmp_path, stages), folder) == 0
+    stages[1] |= {"optim": {"lr": 0.5}}
+    assert _train(_config(tmp_path, stages), folder, "--resume") == 2
+    assert "holds a run of another config (transfer.stages:" in capsys.readouterr().err
+    assert run(["evaluate", str(folder)]) == 2
+    assert "holds a chain of trainings; name one of them: stages/1-source, stages/2-target" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_started_from(
+    stages: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [stage | {"train": {"epochs": 1}} for stage in stages]
+    folder, file = tmp_path / "run", _config(tmp_path, stages)
+    assert _train(file, folder) == 0
+    (folder / "stages" / "2-target" / "results.json").unlink()
+    path = _best(folder / "stages" / "1-source")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert _train(file, folder, "--resume") == 3
+    assert "model.safetensors: differs from its checksum" in capsys.readouterr().err
+
+
+def test_a_later_stages_mistake_is_told_before_the_first_is_trained(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [_stage("source", sets["source"]), _stage("target", tmp_path / "nowhere")]
+    assert _train(_config(tmp_path, stages), tmp_path / "run") == 2
+    assert "no shard set at" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
