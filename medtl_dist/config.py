@@ -318,6 +318,22 @@ class Transfer(_Section):
         description="Two or more stages: a name, and below data, augment, model, optim, schedule, train and evaluate what "
         "differs from the keys of the whole config; [] trains once.",
     )
+    compare: bool = Field(
+        default=False, description="Train the last stage alone as well, from model.weights, and compare the two."
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[], description="compare: seeds of train.seed with which both are trained; []: train.seed alone."
+    )
+
+    @model_validator(mode="after")
+    def _comparing_needs_stages(self) -> Transfer:
+        if self.compare and not self.stages:
+            raise ValueError("compare = true needs stages")
+        if self.seeds and not self.compare:
+            raise ValueError("seeds need compare = true; one training has train.seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names a seed twice")
+        return self
 
 
 class Cluster(_Section):

@@ -97,7 +97,8 @@ def _run_one(config: Config, run_dir: Path, *, resume: bool, test: bool) -> tupl
 
 def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
     """A chain of trainings: each an ordinary run in a folder of its own below ``run_dir``."""
-    from medtl_dist.train.chain import check_chain, train_chain
+    from medtl_dist.train.chain import CHAIN_FILE, check_chain, train_chain
+    from medtl_dist.train.compare import COMPARE_FILE, compare_transfer, describe
     from medtl_dist.train.run_folder import opened_run_folder
 
     def train_one(stage: Config, folder: Path, open_test: bool) -> dict[str, Any]:
@@ -113,11 +114,16 @@ def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_js
 
     check_chain(config, open_test=test)
     with opened_run_folder(run_dir, config, resume=resume) as folder:
-        outcome = train_chain(config, folder, train_one, say=say, open_test=test)
+        train = compare_transfer if config.transfer.compare else train_chain
+        outcome = train(config, folder, train_one, say=say, open_test=test)
     if as_json:
         typer.echo(json.dumps(outcome))
+    elif config.transfer.compare:
+        for line in describe(outcome):
+            typer.echo(line)
+        typer.echo(f"comparison {run_dir / COMPARE_FILE}")
     else:
-        typer.echo(f"chain {run_dir / 'chain.json'}")
+        typer.echo(f"chain {run_dir / CHAIN_FILE}")
     return outcome
 
 

@@ -27,7 +27,7 @@ class Created:
     model: nn.Module
     spec: BackboneSpec
     message: str  # one line for the user: weights, first convolution, head
-    weights: str  # "random initial weights" | "ImageNet weights FILE" | "weights file FILE" | "checkpoint N of run NAME"
+    weights: str  # "random initial weights" | "ImageNet weights FILE" | "weights file FILE" | "checkpoint …"
     weights_sha256: str | None  # of the weights file's bytes
 
 

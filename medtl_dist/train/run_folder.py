@@ -85,10 +85,10 @@ def read_config(folder: Path) -> Config:
 
 
 def chain_finished(folder: Path) -> bool:
-    """Whether the folder's chain, if it holds one, has trained its last stage."""
+    """Whether the folder's chain, if it holds one, has trained its last stage, or has been compared with its target alone."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return bool(json.loads((folder / "chain.json").read_text(encoding="utf-8"))["finished"])
-    return False
+    return (folder / "compare.json").is_file()
 
 
 def parts_of(folder: Path) -> list[Path]:

@@ -8,16 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from shard_sets import write_set
+from sklearn.metrics import roc_auc_score
 from tiny_backbone import tiny_registered
 
 from medtl_dist.cli.main import run
 from medtl_dist.config import load_config
+from medtl_dist.data.shards import open_dataset
+from medtl_dist.data.stream import eval_batches
+from medtl_dist.data.transforms import EvalTransform
+from medtl_dist.models.normalise import normalise
 from medtl_dist.train import loop
+from medtl_dist.train.compare import Scored, at_unit, time_to_reach
 from medtl_dist.train.setup import create_network, open_shards
 
 
@@ -182,3 +191,110 @@ def test_a_later_stages_mistake_is_told_before_the_first_is_trained(
     assert _train(_config(tmp_path, stages), tmp_path / "run") == 2
     assert "no shard set at" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def _compared(sets: dict[str, Path], place: Path, target: str, *options: str, **transfer: Any) -> dict[str, Any]:
+    stages = [_stage("source", sets["source"], train={"epochs": 1}), _stage("target", sets[target])]
+    file = _config(place, stages, compare=True, **transfer)
+    assert _train(file, place / "run", *options) == 0
+    return json.loads((place / "run" / "compare.json").read_text())
+
+
+def _auc(folder: Path, split: str) -> float:
+    table = pq.read_table(folder / "predictions" / f"{split}.parquet")
+    return float(roc_auc_score(table.column("label").to_numpy(), table.column("logit_PNEUMONIA").to_numpy()))
+
+
+def test_the_comparison_says_what_the_runs_say(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = _compared(sets, tmp_path, "target", "--test", seeds=[3, 4])
+    text = capsys.readouterr().out
+    assert [row["seed"] for row in found["seeds"]] == [3, 4]
+    run_folder = tmp_path / "run"
+    differences = []
+    for row in found["seeds"]:
+        alone, chain = (run_folder / row[which]["folder"] for which in ("alone", "chain"))
+        one, other = (load_config(file=folder / "config.yaml") for folder in (alone, chain))
+        assert one.train.seed == other.train.seed == row["seed"]
+        assert (one.model.weights, one.transfer.stages) == ("random", [])
+        same = {"weights", "keep_head"}
+        assert one.model.model_dump(exclude=same) == other.model.model_dump(exclude=same)
+        assert (one.data, one.optim, one.train) == (other.data, other.optim, other.train)
+        assert row["comparison"]["auc_a"] == pytest.approx(_auc(alone, "test"))
+        assert row["comparison"]["auc_b"] == pytest.approx(_auc(chain, "test"))
+        assert row["source"]["auc_a"] == pytest.approx(_auc(chain.parent / "1-source", "val"))
+        differences.append(row["comparison"]["difference"])
+        goal = max(line["val_auc"] for line in pq.read_table(alone / "history.parquet").to_pylist())
+        assert row["time"]["val_auc"] == goal
+        assert f"source val AUC {row['source']['auc_a']:.3f} before, {row['source']['auc_b']:.3f} after" in text
+    assert found["pooled"]["difference"] == pytest.approx(sum(differences) / 2)
+    assert (found["split"], found["pooled"]["num_seeds"], found["cautions"]) == ("test", 2, [])
+    assert "patient-clustered" in found["pooled"]["method"]
+    assert f"AUC {found['pooled']['auc_a']:.3f} alone, {found['pooled']['auc_b']:.3f} with transfer" in text
+    # two runs of the target set, each opened by its own configuration, beside the whole run
+    ledger = (tmp_path / "test_openings.jsonl").read_text().splitlines()
+    assert len(ledger) == 4
+    # nothing is trained twice
+    assert _train(tmp_path / "chain.yaml", run_folder, "--test", "--resume") == 0
+    assert capsys.readouterr().err.count("had already finished.") == 6
+    assert json.loads((run_folder / "compare.json").read_text()) == found
+    assert run(["status", str(run_folder)]) == 0
+    assert capsys.readouterr().out.startswith("run: finished")
+
+
+def test_what_the_last_model_does_to_the_source_is_what_it_does_when_asked(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """The source's val by the last model, image by image, against the comparison's number."""
+    found = _compared(sets, tmp_path, "target")
+    row = found["seeds"][0]
+    assert (row["seed"], len(found["cautions"])) == (0, 2)
+    last = tmp_path / "run" / row["chain"]["folder"]
+    config = load_config(file=last / "config.yaml")
+    dataset = open_dataset(sets["source"])
+    network = create_network(config, dataset, device=torch.device("cpu"), rank=0)
+    network.model.load_state_dict(load_file(_best(last)))
+    network.model.eval()
+    scores, labels = [], []
+    for batch in eval_batches(dataset, "val", transform=EvalTransform(16), batch_size=1, rank=0, world_size=1):
+        with torch.no_grad():
+            logits = network.model(normalise(batch.images, network.normalisation))
+        scores.append(float(logits[0, 1] - logits[0, 0]))
+        labels.append(int(batch.labels[0]))
+    assert row["source"]["auc_b"] == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_other_classes_can_be_compared_but_nothing_is_said_of_the_source(sets: dict[str, Path], tmp_path: Path) -> None:
+    found = _compared(sets, tmp_path, "other")
+    assert found["seeds"][0]["source"] == {
+        "reason": "the source has other classes than the target: the last model has no outputs for them"
+    }
+    assert found["pooled"]["difference"] is not None
+
+
+def test_the_time_counts_what_came_before(tmp_path: Path) -> None:
+    def history(name: str, aucs: list[float | None]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"epoch": i, "val_auc": auc, "epoch_s": 10.0} for i, auc in enumerate(aucs)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "history.parquet")
+        return folder
+
+    alone = history("alone", [0.5, 0.7, 0.8, 0.75])
+    early = time_to_reach(alone, history("early", [None, 0.8, 0.7]), before_s=5)
+    assert early == {
+        "val_auc": 0.8,
+        "alone": {"epochs": 3, "seconds": 30},
+        "chain": {"epochs": 2, "seconds": 20, "seconds_in_all": 25},
+    }
+    assert time_to_reach(alone, history("never", [0.7, 0.79]), before_s=5)["chain"] is None
+
+
+def test_patients_are_compared_where_the_config_counts_patients() -> None:
+    logits = np.array([[0.0, 1.0], [0.0, 3.0], [0.0, -1.0]])
+    images = Scored(np.array(["k1", "k2", "k3"]), np.array([1, 1, 0]), logits, np.array(["a", "a", "b"]))
+    found = at_unit(load_config(overrides=["evaluate.unit=patient"]), images)
+    assert (list(found.keys), list(found.labels), found.groups, found.unit) == (["a", "b"], [1, 0], None, "patient")
+    assert found.logits[:, 1] == pytest.approx([2, -1])
+    assert at_unit(load_config(), images) is images

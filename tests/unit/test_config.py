@@ -150,6 +150,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         "evaluate.aggregate": "max",
         "data.normalisation": "half",
         "data.eval_view": "squash",
+        "transfer.seeds": [3],
         "transfer.stages": [{"name": "a"}, {"name": "b", "model": {"weights": "imagenet"}}],
     }
     for dotted in sorted(flat):
@@ -162,7 +163,12 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             continue
         if dotted == "model.zero_init_residual":
             assert base.model.weights == "random"
-        needed = ["data.sampling=class"] if dotted == "data.sampling_weights" else []
+        chain = "transfer.stages=[{name: a}, {name: b, model: {weights: imagenet}}]"
+        needed = {
+            "data.sampling_weights": ["data.sampling=class"],
+            "transfer.compare": [chain],
+            "transfer.seeds": [chain, "transfer.compare=true"],
+        }.get(dotted, [])
         before = load_config(preset="smoke", overrides=needed)
         given = f"{dotted}={yaml.safe_dump(new, default_flow_style=True).splitlines()[0]}"
         changed = load_config(preset="smoke", overrides=[*needed, given])
