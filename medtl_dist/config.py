@@ -180,6 +180,16 @@ class Model(_Section):
         default="imagenet",
         description="imagenet, random, a .pth or .safetensors file, or, in a stage of transfer.stages, stage:NAME.",
     )
+    join: Literal["concat", "serial"] | None = Field(
+        default=None,
+        description="Two networks as one: concat, both networks' pooled features under a new head; serial, the backbone's "
+        "last feature map (1x1 convolution, resized) into second_backbone; null: one network.",
+    )
+    second_backbone: str | None = Field(default=None, description="join: name of the second network.")
+    second_weights: str = Field(
+        default="imagenet",
+        description="join: weights of the second network, as weights; unused where that file holds both.",
+    )
     keep_head: bool = Field(
         default=True,
         description="Take the head of a weights file too, where it has as many outputs; false: a new head in any case.",
@@ -200,6 +210,14 @@ class Model(_Section):
     def _zero_init_needs_random(self) -> Model:
         if self.zero_init_residual and self.weights != "random":
             raise ValueError("zero_init_residual = true needs weights = random: it would erase what was pretrained")
+        return self
+
+    @model_validator(mode="after")
+    def _joining_needs_two(self) -> Model:
+        if (self.join is None) != (self.second_backbone is None):
+            raise ValueError("join and second_backbone go together: give both, or neither")
+        if self.join is not None and self.zero_init_residual:
+            raise ValueError("zero_init_residual = true is for one network; with join leave it false")
         return self
 
 
@@ -445,20 +463,37 @@ def stages_of(config: Config) -> list[Stage]:
 
 def _check_origin(stage: Stage, before: list[Stage], where: str) -> None:
     """Raises ConfigError where the stage's weights can't come from the stage that they name."""
-    weights = stage.config.model.weights
-    if not weights.startswith(FROM_STAGE):
-        return
-    origin = next((one for one in before if FROM_STAGE + one.name == weights), None)
-    if origin is None:
-        earlier = ", ".join(one.name for one in before) or "none"
-        raise ConfigError(
-            f"{where}: model.weights = {weights}: there is no such stage before it (there are: {earlier})."
+    model = stage.config.model
+    asked = [("backbone", model.backbone, "weights", model.weights)]
+    if model.join is not None:
+        asked.append(("second_backbone", str(model.second_backbone), "second_weights", model.second_weights))
+    for key, backbone, weights_key, weights in asked:
+        if not weights.startswith(FROM_STAGE):
+            continue
+        origin = next((one for one in before if FROM_STAGE + one.name == weights), None)
+        if origin is None:
+            earlier = ", ".join(one.name for one in before) or "none"
+            raise ConfigError(
+                f"{where}: model.{weights_key} = {weights}: there is no such stage before it (there are: {earlier})."
+            )
+        theirs = origin.config.model
+        both = (theirs.join, theirs.backbone, theirs.second_backbone) == (
+            model.join,
+            model.backbone,
+            model.second_backbone,
         )
-    if origin.config.model.backbone != stage.config.model.backbone:
-        raise ConfigError(
-            f"{where}: model.backbone = {stage.config.model.backbone} can't start from stage {origin.name}, which is a "
-            f"{origin.config.model.backbone}: give the same backbone, or model.weights (imagenet, random, a file, stage:NAME)."
-        )
+        if both and key == "backbone":
+            return  # everything comes from there
+        if theirs.backbone != backbone or theirs.join is not None:
+            name = (
+                theirs.backbone
+                if theirs.join is None
+                else f"{theirs.backbone}+{theirs.second_backbone} ({theirs.join})"
+            )
+            raise ConfigError(
+                f"{where}: model.{key} = {backbone} can't start from stage {origin.name}, which is a {name}: give the same "
+                f"backbone, or model.{weights_key} (imagenet, random, a file, stage:NAME)."
+            )
 
 
 def _counting(tree: dict[str, Any]) -> dict[str, Any]:
@@ -585,6 +620,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         "data.shards",
         "data.ca_bundle",
         "model.weights",
+        "model.second_weights",
     ):  # no YAML: " #" and ": " may occur in a path
         with contextlib.suppress(yaml.YAMLError):
             leaf = yaml.safe_load(value)

@@ -230,6 +230,7 @@ def _make_absolute(tree: dict[str, Any]) -> None:
     for key in ("ca_bundle", "cache_dir"):
         if data.get(key) is not None:
             data[key] = str(Path(data[key]).expanduser().absolute())
-    weights = model.get("weights", "random")
-    if weights not in ("imagenet", "random") and not weights.startswith(FROM_STAGE):
-        model["weights"] = str(Path(weights).expanduser().absolute())
+    for key in ("weights", "second_weights"):
+        weights = model.get(key, "random")
+        if weights not in ("imagenet", "random") and not weights.startswith(FROM_STAGE):
+            model[key] = str(Path(weights).expanduser().absolute())

@@ -67,7 +67,10 @@ def started_from(stage: Stage, places: Mapping[str, Path]) -> tuple[Config, str]
         DataError: that stage's best checkpoint is missing or damaged.
     """
     config = stage.config
-    weights = config.model.weights
+    weights, second = config.model.weights, config.model.second_weights
+    if second.startswith(FROM_STAGE) and config.model.join is not None:
+        file = str(best_weights(places[second.removeprefix(FROM_STAGE)]))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"second_weights": file})})
     if not weights.startswith(FROM_STAGE):
         return config, f"starts from {weights if weights in ('imagenet', 'random') else Path(weights).name} weights"
     name = weights.removeprefix(FROM_STAGE)

@@ -298,3 +298,33 @@ def test_patients_are_compared_where_the_config_counts_patients() -> None:
     assert (list(found.keys), list(found.labels), found.groups, found.unit) == (["a", "b"], [1, 0], None, "patient")
     assert found.logits[:, 1] == pytest.approx([2, -1])
     assert at_unit(load_config(), images) is images
+
+
+def test_two_networks_that_learned_apart_go_on_as_one(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The study's method in small: extractor of the source, network of the target, both joined on source, then target."""
+    joined = {"join": "concat", "backbone": "tiny_dropout", "second_backbone": "tiny"}
+    once = {"train": {"epochs": 1}}
+    stages = [
+        _stage("extractor", sets["source"], **once),
+        _stage("network", sets["target"], model={"backbone": "tiny_dropout", "weights": "random"}, **once),
+        _stage(
+            "joined-source", sets["source"],
+            model=joined | {"weights": "stage:network", "second_weights": "stage:extractor"}, **once,
+        ),
+        _stage("joined-target", sets["target"], model=joined, **once),
+    ]  # fmt: skip
+    assert _train(_config(tmp_path, stages), tmp_path / "run", "--json") == 0
+    entries = json.loads(capsys.readouterr().out)["stages"]
+    assert entries[2]["model"]["backbone"] == "tiny_dropout+tiny"
+    folders = [tmp_path / "run" / entry["folder"] for entry in entries]
+    config = load_config(file=folders[2] / "config.yaml")
+    began = create_network(config, open_shards(config), device=torch.device("cpu"), rank=0).model.state_dict()
+    for prefix, folder in (("first", folders[1]), ("second", folders[0])):
+        half = load_file(_best(folder))
+        assert all((began[f"{prefix}.{name}"] == half[name]).all() for name in half if not name.startswith("fc"))
+    config = load_config(file=folders[3] / "config.yaml")
+    began = create_network(config, open_shards(config), device=torch.device("cpu"), rank=0).model.state_dict()
+    assert all((began[name] == tensor).all() for name, tensor in load_file(_best(folders[2])).items())
+    assert run(["evaluate", str(folders[3])]) == 0

@@ -151,6 +151,9 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         "data.normalisation": "half",
         "data.eval_view": "squash",
         "transfer.seeds": [3],
+        "model.join": "serial",
+        "model.second_backbone": "resnet34",
+        "model.second_weights": "random",
         "transfer.stages": [{"name": "a"}, {"name": "b", "model": {"weights": "imagenet"}}],
     }
     for dotted in sorted(flat):
@@ -167,6 +170,8 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         needed = {
             "data.sampling_weights": ["data.sampling=class"],
             "transfer.compare": [chain],
+            "model.join": ["model.join=concat", "model.second_backbone=resnet18"],
+            "model.second_backbone": ["model.join=concat", "model.second_backbone=resnet18"],
             "transfer.seeds": [chain, "transfer.compare=true"],
         }.get(dotted, [])
         before = load_config(preset="smoke", overrides=needed)
