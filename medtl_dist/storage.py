@@ -291,11 +291,16 @@ def bounded(act: Callable[[], T], timeout_s: float) -> T:
 
 def leave(code: int) -> NoReturn:
     """End this process, at once where a call given up still hangs: Arrow's clean-up would wait for it."""
+    leave_if_stuck(code)
+    sys.exit(code)
+
+
+def leave_if_stuck(code: int = 0) -> None:
+    """End this process at once where a call given up still hangs, else return: the last act of a worker process."""
     if any(thread.is_alive() for thread in _stuck):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
-    sys.exit(code)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ _SHOWN = 10
 
 
 def audit(
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder of a shard set.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder or address (s3://, gs://, https://) of a shard set.")
+    ],
     accept: Annotated[
         Path | None,
         typer.Option(
@@ -27,7 +29,7 @@ def audit(
         ),
     ] = None,
     fix: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="NEWDEST", help="Write a set without the leaks: duplicates joined, groups in one split."),
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
@@ -43,6 +45,7 @@ def audit(
       medtl data audit sets/xrays
       medtl data audit sets/xrays --accept accepted.yaml
       medtl data audit sets/xrays --fix sets/xrays-mended
+      medtl data audit s3://bucket/sets/xrays
     """
     from medtl_dist.data.audit import audit as run_audit
     from medtl_dist.data.audit import record, refuse_leaks
@@ -50,9 +53,18 @@ def audit(
     from medtl_dist.data.audit_fix import fix as run_fix
     from medtl_dist.data.shards import open_dataset
     from medtl_dist.errors import UserError
+    from medtl_dist.storage import parse_place
 
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 expected")
+    place = parse_place(dest)
+    if accept and place.remote and fix is None:
+        raise UserError(
+            f"--accept writes into the set's dataset.json, and {place.url} is in a store: download the set, accept there, "
+            "and upload it; or write a set without the other leaks: --fix NEWDEST"
+        )
+    if fix is not None and "://" in str(fix):
+        raise UserError(f"--fix {fix}: a folder expected; write the set there, then upload it")
     dataset = open_dataset(dest)
     accepted = read_accepted(accept, dataset) if accept else {}
     with auditing_bar() as progress:
@@ -111,7 +123,7 @@ def _item(item: dict[str, Any]) -> str:
     return f"{item['keys'][0]} {item['keys'][1]}  {splits}  {classes}  {item['score']:.3f} {item['how']}{why}"
 
 
-def _changes(fix: Path, changes: dict[str, Any]) -> list[str]:
+def _changes(fix: str, changes: dict[str, Any]) -> list[str]:
     moved = ", ".join(f"{move['samples']:,} from {move['from']} to {move['to']}" for move in changes["moved"])
     joined = f"{changes['joined_groups']:,} groups joined into {changes['into_groups']:,}"
     return [

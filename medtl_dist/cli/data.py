@@ -229,6 +229,11 @@ def summary(dataset: Dataset) -> list[str]:
         f"{dataset.folder}: {packed:,} images, {dataset.task}{positive}; {dataset.color}, {size}, {stored['encoding']}",
         f"groups: {groups}; splits: {info['split_source']['method']}",
     ]
+    if "adopted" in info:
+        label, domain = info["adopted"]["label"], info["adopted"]["domain"]
+        fields = [f"label from {'.cls' if label is None else f'field {label!r}'}"]
+        fields += [f"domain from field {domain!r}"] if domain is not None else []
+        lines.append(f"adopted: tars of another tool, indexed where they lie; {', '.join(fields)}")
     rows = [["split", "images", "groups", *dataset.classes, "shards"]]
     for split in dataset.splits:
         entry = info["splits"][split]
@@ -239,6 +244,9 @@ def summary(dataset: Dataset) -> list[str]:
     for first, *others in rows:
         cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    for split in dataset.splits:
+        if domains := info["splits"][split].get("domains"):
+            lines.append(f"domains of {split}: {', '.join(f'{name} {count:,}' for name, count in domains.items())}")
     left_out = sum(entry["samples"] for entry in info["excluded"])
     lines.append(f"found {info['found']:,}, left out {left_out:,}")
     for entry in info["excluded"]:

@@ -12,13 +12,18 @@ from medtl_dist.cli.data import packing_bar, summary
 
 
 def verify(
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder of a shard set.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="Folder of a shard set, or s3://, gs:// or https:// address.")
+    ],
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every fault, as JSON.")] = False,
 ) -> None:
     """Check a whole shard set: tars, index, dataset.json, checksums, pixels, labels, groups; exit code 3 on a fault.
 
-    Example: medtl data verify sets/xrays
+    \b
+    Examples:
+      medtl data verify sets/xrays
+      medtl data verify s3://bucket/sets/xrays
     """
     from medtl_dist.data.verify import verify as run_verify
 

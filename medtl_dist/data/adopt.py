@@ -190,10 +190,16 @@ def _read_all(tasks: list[Task], options: AdoptOptions, progress: Progress | Non
 
 def _check_fields(tars: list[ReadTar], fields: Fields) -> None:
     """A field that occurs nowhere is a slip of the pen, not damage. Raises: UserError."""
+    if not any(tar.names for tar in tars):
+        return
+    names = list(dict.fromkeys(name for tar in tars for name in tar.names))
+    shown = ", ".join(name[:40] for name in names[:_SHOWN_FIELDS] if name.isprintable())
+    if fields.label is None and not any(tar.classed for tar in tars):
+        raise UserError(
+            f"no sample has a .cls member; say which field of .json is the class with --label-field; there are: {shown}"
+        )
     missing = sorted(fields.names.difference(*(tar.seen for tar in tars)))
-    if missing and any(tar.names for tar in tars):
-        names = list(dict.fromkeys(name for tar in tars for name in tar.names))
-        shown = ", ".join(name[:40] for name in names[:_SHOWN_FIELDS] if name.isprintable())
+    if missing:
         raise UserError(f"no .json member has a field {missing[0]!r}; the first ones have: {shown}")
 
 

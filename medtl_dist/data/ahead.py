@@ -57,7 +57,7 @@ class Ahead(Generic[Key, Value]):
                 # Daemons: a read that hangs must not keep the process from ending.
                 self._threads.append(threading.Thread(target=self._work, daemon=True, name="medtl-ahead"))
                 self._threads[-1].start()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def take(self, key: Key) -> Value:
         """What ``load(key)`` returns or raises: loaded already, being loaded, or else loaded here."""
@@ -67,7 +67,7 @@ class Ahead(Generic[Key, Value]):
                 self._changed.wait_for(lambda: entry.done)
                 self._held -= entry.size
             if entry is not None:
-                del self._entries[key]
+                self._entries.pop(key, None)  # gone already where it was closed meanwhile
                 self._changed.notify_all()
         if entry is None or not entry.begun:
             return self._load(key)
@@ -134,8 +134,7 @@ class Shared(Generic[Key, Value]):
                 self._futures.pop(key, None)
             future.set_exception(error)
             raise
-        future.set_result(value)
-        self._keep(weight)
+        self._keep(future, value, weight)
         return value
 
     def clear(self) -> None:
@@ -144,8 +143,9 @@ class Shared(Generic[Key, Value]):
             for key in [key for key, (_, future) in self._futures.items() if future.done()]:
                 self._held -= self._futures.pop(key)[0]
 
-    def _keep(self, weight: int) -> None:
-        with self._lock:
+    def _keep(self, future: Future[Value], value: Value, weight: int) -> None:
+        with self._lock:  # done and counted at once, for ``clear`` takes off the weights of what is done
+            future.set_result(value)
             self._held += weight
             while self._held > self._limit and len(self._futures) > 1:
                 oldest, (its_weight, future) = next(iter(self._futures.items()))

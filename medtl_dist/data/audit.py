@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtl_dist.data.audit_match import Threshold, fit_threshold
+from medtl_dist.data.audit_null import Ladder
 from medtl_dist.data.audit_outliers import outliers
 from medtl_dist.data.audit_scan import Pool, Progress, Scan, open_pool, scan, score_pairs
 from medtl_dist.data.audit_search import Pairs, find_pairs, fit_projection
@@ -31,7 +32,6 @@ from medtl_dist.errors import LeakageError
 
 # Agreement of two aligned records from which a pair is registered: 99 of 100 crops of 2 to 10 % lie above 0.90.
 LEAST_AGREEMENT = 0.82
-_NULL_PAIRS = 300
 _MAX_COMPARED = 20_000
 
 
@@ -109,11 +109,18 @@ def _near(seen: Scan, identical: list[Match], pool: Pool, report: Progress) -> t
     found = find_pairs(records, fit_projection(records), progress=report)
     found = found._replace(first=places[found.first], second=places[found.second])
     agreeing = worth_comparing(found, len(seen))
-    nulls = _null_pairs(seen, found)
-    both = np.union1d(agreeing, nulls)
+    ladder = Ladder(found, seen.group)
     scores = np.full(len(found.first), np.nan)
-    scores[both] = score_pairs(seen, found.take(both), pool, report)
-    threshold = fit_threshold(scores[nulls], len(agreeing))
+    wanted = np.union1d(agreeing, np.union1d(ladder.places, ladder.last))
+    copies = np.zeros(0, np.int64)
+    while True:
+        scores[wanted] = score_pairs(seen, found.take(wanted), pool, report)
+        copies = np.union1d(copies, ladder.suspected(scores))
+        if not ladder.climb_down(copies):
+            break
+        wanted = ladder.places[np.isnan(scores[ladder.places])]
+    strangers = np.setdiff1d(ladder.places, copies)
+    threshold = fit_threshold(scores[strangers], len(agreeing), len(copies))
     return _matches(found, agreeing, scores, threshold), threshold
 
 
@@ -123,17 +130,6 @@ def worth_comparing(found: Pairs, num_images: int) -> NDArray[np.int64]:
     agreeing = np.flatnonzero(found.score >= LEAST_AGREEMENT)
     most = max(_MAX_COMPARED, num_images // 5)
     return np.sort(agreeing[np.argsort(-found.score[agreeing], kind="stable")[:most]])
-
-
-def _null_pairs(seen: Scan, found: Pairs) -> NDArray[np.int64]:
-    """Positions of up to 300 pairs of other groups: random images with the other that agrees with them most."""
-    other = np.flatnonzero(seen.group[found.first] != seen.group[found.second])
-    best: dict[int, int] = {}
-    for place in other[np.argsort(found.score[other], kind="stable")].tolist():
-        best[int(found.first[place])] = best[int(found.second[place])] = place
-    images = np.array(sorted(best), np.int64)
-    chosen = np.random.default_rng(0).permutation(images)[:_NULL_PAIRS]
-    return np.unique(np.array([best[int(image)] for image in chosen], np.int64))
 
 
 def _matches(found: Pairs, places: NDArray[np.int64], scores: NDArray, threshold: Threshold) -> list[Match]:

@@ -6,9 +6,8 @@ strength: the outline of a chest is common to all patients, its vessels, ribs' e
 correlation of that detail where both images show something, from -1 to 1.
 
 The threshold comes from the set: pairs of other groups, each image with the neighbour that most resembles it, are
-scored in the same way. Fisher's z of their scores is modelled as normal, with a median and a scale that up to a quarter
-of true duplicates among them barely moves; the threshold is where so many pairs as were compared give 0.01 false
-findings in all (candidates: one).
+scored in the same way. Fisher's z of strangers' scores is modelled as normal, the copies among the pairs left out
+(``audit_null``); the threshold is where so many pairs as were compared give 0.01 false findings in all (candidates: one).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtl_dist.data.audit_align import Floats
+from medtl_dist.data.audit_null import fit_strangers
 from medtl_dist.data.fingerprint import equalise, to_grey, turn
 
 SIDE_PX = 128
@@ -40,14 +40,16 @@ _LEAST_OVERLAP = 0.4
 @dataclass(frozen=True)
 class Threshold:
     """Scores from ``confirmed`` on are findings, from ``candidate`` on worth a look. ``confirmed`` is None when the
-    set has too few pairs of other groups to tell. ``null_*`` describe their scores, ``compared`` counts the pairs
-    registered, and ``expected_false`` what the thresholds let through by chance, by the model."""
+    set has too few pairs of other groups to tell. ``null_*`` describe their scores, without the ``suspected`` pairs that
+    are copies more likely than not; ``compared`` counts the pairs registered, and ``expected_false`` is what the
+    thresholds let through by chance, by the model, were all of those strangers."""
 
     confirmed: float | None
     candidate: float
     null_pairs: int
     null_median: float | None
     null_largest: float | None
+    suspected: int
     compared: int
     expected_false: dict[str, float]
 
@@ -125,16 +127,17 @@ def _detail(image: Floats) -> Floats:
     return np.asarray(band / (strength + 0.02), np.float32)
 
 
-def fit_threshold(null_scores: NDArray[np.floating], compared: int) -> Threshold:
-    """The thresholds for ``compared`` pairs from the scores of pairs of other groups (see the module)."""
-    if len(null_scores) < MIN_NULL_PAIRS:
-        return Threshold(None, LEAST_CONFIRMED, len(null_scores), None, None, compared, {})
-    z = np.arctanh(np.clip(null_scores, -0.999, 0.999))
-    low, middle, high = np.quantile(z, (0.1587, 0.5, 0.75))
-    # The upper half is the tail in question; should duplicates have stretched it, the lower half bounds the scale.
-    scale = max(min(middle - low, (high - middle) / 0.6745), 0.02)
-    normal = statistics.NormalDist(float(middle), float(scale))
+def fit_threshold(null_scores: NDArray[np.floating], compared: int, left_out: int = 0) -> Threshold:
+    """The thresholds for ``compared`` pairs from the scores of pairs of other groups (see the module), of which
+    ``left_out`` suspected ones were taken out before."""
     least = (LEAST_CONFIRMED, LEAST_CANDIDATE)
+    if len(null_scores) < MIN_NULL_PAIRS:
+        return Threshold(None, LEAST_CONFIRMED, len(null_scores), None, None, left_out, compared, {})
+    strangers = fit_strangers(null_scores)
+    of_strangers, suspected = null_scores[~strangers.suspected], left_out + int(strangers.suspected.sum())
+    if len(of_strangers) < MIN_NULL_PAIRS:
+        return Threshold(None, LEAST_CONFIRMED, len(of_strangers), None, None, suspected, compared, {})
+    normal = statistics.NormalDist(strangers.mean, strangers.scale)
     values = []
     for expected, floor in zip((FALSE_CONFIRMED, FALSE_CANDIDATES), least, strict=True):
         quantile = normal.inv_cdf(1 - min(0.5, expected / max(1, compared)))
@@ -142,5 +145,5 @@ def fit_threshold(null_scores: NDArray[np.floating], compared: int) -> Threshold
     names = ("confirmed", "candidates")
     tails = (compared * (1 - normal.cdf(math.atanh(value))) for value in values)
     false = {name: float(f"{tail:.2g}") for name, tail in zip(names, tails, strict=True)}
-    median, largest = round(math.tanh(float(middle)), 3), round(float(null_scores.max()), 3)
-    return Threshold(values[0], values[1], len(null_scores), median, largest, compared, false)
+    median, largest = round(float(np.median(of_strangers)), 3), round(float(of_strangers.max()), 3)
+    return Threshold(values[0], values[1], len(of_strangers), median, largest, suspected, compared, false)

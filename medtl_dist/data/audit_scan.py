@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from medtl_dist.data.audit_align import Floats
 from medtl_dist.data.audit_match import compare, prepare
 from medtl_dist.data.audit_search import Pairs
-from medtl_dist.data.encoding import _start_worker as start_worker
 from medtl_dist.data.fingerprint import RECORD, fingerprint
 from medtl_dist.data.plan import Piece
+from medtl_dist.data.processes import start_worker
 from medtl_dist.data.reader import Reader, Sample
 from medtl_dist.data.shards import Dataset, read_shard_rows
 from medtl_dist.data.transforms import decode

@@ -6,15 +6,15 @@ chest X-rays have in common, upright or turned, is taken out first, and the disc
 hash of bits is made of little else.
 
 Up to 8,192 images every pair is compared. Beyond that, images fall into about 2√n cells around centres (k-means), cells
-too full are halved until they hold at most 8√n, and each image looks into five cells per variant: O(n^1.5)
-operations, and memory for the records, the matches and one cell's scores.
+too full are halved until they hold at most 8√n, and each image looks into eight cells per variant: O(n^1.5)
+operations, and memory for the records, one variant's candidates and the matches.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +31,13 @@ _FEW = 2000
 _FIT_SAMPLE = 20_000
 _CROPS = 2000
 _MAX_CROP = 0.1
-_PROBES = 5
+_PROBES = 8  # cells that an image looks into, in each variant
+_GROUPS = 5 * _PROBES
+_PARTS = 3  # of a cell; each gives its best
 _BLOCK = 1024
+_BLOCK_VALUES = 2**18
+# Pairs per image that are aligned at most: as they are, and in each other variant.
+_MOST_UPRIGHT, _MOST_TURNED = 2.0, 0.2
 _CHUNK = 2**15
 
 Progress = Callable[[str, int, int], None]
@@ -131,7 +136,8 @@ def find_pairs(
     """The aligned pairs of every image, in every variant, with its ``NEIGHBOURS`` nearest others; each pair once.
 
     Nearest per variant: should some images of the set be turned, all turned ones resemble each other more than a
-    copy resembles its original. Beyond ``MAX_ALL_PAIRS`` images it is the nearest one per variant.
+    copy resembles its original. Beyond ``MAX_ALL_PAIRS`` images the pairs that agree best, two per image as they are and
+    three per image in the other variants together, which bounds memory.
     """
     report = progress or (lambda stage, done, total: None)
     if len(records) < 2:
@@ -140,16 +146,16 @@ def find_pairs(
     vectors = project(records, projection)
     few = len(records) <= MAX_ALL_PAIRS
     cells = None if few else _cells(vectors, seed)
-    neighbours = NEIGHBOURS if few else 1
     found = []
     for number in range(NUM_VARIANTS):
         report("searching", number, NUM_VARIANTS)
         queries = project(records, projection, number)
-        least = _least_cosine(queries, vectors, neighbours, seed)
-        parts = _all_pairs(queries, vectors, least) if cells is None else _in_cells(queries, vectors, cells, least)
-        query, other, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
-        keep = _nearest(query, cosine, neighbours)
-        found.append((query[keep], other[keep], np.full(len(keep), number, np.int8)))
+        if cells is None:
+            query, other, _ = _all_pairs(queries, vectors, seed)
+        else:
+            most = round(len(records) * (_MOST_UPRIGHT if number == 0 else _MOST_TURNED))
+            query, other, _ = _in_cells(queries, vectors, cells, most)
+        found.append((query, other, np.full(len(query), number, np.int8)))
     report("searching", NUM_VARIANTS, NUM_VARIANTS)
     query, other, variant = (np.concatenate(column).astype(np.int64) for column in zip(*found, strict=True))
     # The query was turned to look like the other: first is the one that stays.
@@ -203,59 +209,84 @@ def _nearest(query: NDArray, cosine: Floats, most: int) -> NDArray[np.int64]:
     return order[rank < most]
 
 
-def _least_cosine(queries: Floats, vectors: Floats, neighbours: int, seed: int) -> float:
-    """The cosine that about ``2 * neighbours`` others per query exceed, estimated from a sample; bounds memory."""
+def _least_cosine(queries: Floats, vectors: Floats, seed: int) -> float:
+    """The cosine that about ``2 * NEIGHBOURS`` others per query exceed, estimated from a sample; bounds memory."""
     rng = np.random.default_rng([seed, 1])
     some = rng.permutation(len(vectors))
     cosines = queries[some[:256]] @ vectors[some[:8192]].T
     np.fill_diagonal(cosines, -1)  # images with themselves
     floor = _LEAST_COSINE if len(vectors) > _FEW else -1.0
-    return max(floor, float(np.quantile(cosines, max(0.0, 1 - 2 * neighbours / len(vectors)))))
+    return max(floor, float(np.quantile(cosines, max(0.0, 1 - 2 * NEIGHBOURS / len(vectors)))))
 
 
 Found = tuple[NDArray[np.int32], NDArray[np.int32], Floats]
 
 
-def _all_pairs(queries: Floats, vectors: Floats, least: float) -> Iterator[Found]:
-    """Every query against every other image: ``(queries, others, cosines)``."""
+def _all_pairs(queries: Floats, vectors: Floats, seed: int) -> Found:
+    """Of every query the ``NEIGHBOURS`` others most alike: ``(queries, others, cosines)``."""
+    least = _least_cosine(queries, vectors, seed)
+    parts = []
     for start in range(0, len(queries), _BLOCK):
         cosines = queries[start : start + _BLOCK] @ vectors.T
         rows = np.arange(len(cosines))
         cosines[rows, start + rows] = -1
         place, other = np.nonzero(cosines >= least)
-        yield (place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]
+        parts.append(((place + start).astype(np.int32), other.astype(np.int32), cosines[place, other]))
+    query, other, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
+    keep = _nearest(query, cosine, NEIGHBOURS)
+    return query[keep], other[keep], cosine[keep]
 
 
-def _in_cells(
-    queries: Floats, vectors: Floats, cells: tuple[list[NDArray[np.int32]], Floats], least: float
-) -> Iterator[Found]:
-    """As ``_all_pairs``, but each query meets only the images in its five nearest cells."""
+def _in_cells(queries: Floats, vectors: Floats, cells: tuple[list[NDArray[np.int32]], Floats], most: int) -> Found:
+    """Of each query and each third of its eight cells the member most alike; of these 24 the ``NEIGHBOURS`` best, and of
+    all queries' together the ``most`` best: ``(queries, others, cosines)``."""
     members, centres = cells
     nearest = _nearest_cells(queries, centres)
     order = np.argsort(nearest, axis=None, kind="stable")
     edges = np.searchsorted(nearest.ravel()[order], np.arange(len(centres) + 1))
+    others = np.zeros((len(queries), _PROBES, _PARTS), np.int32)
+    cosines = np.full((len(queries), _PROBES, _PARTS), -1, np.float32)
     for cell, inside in enumerate(members):
-        visitors = order[edges[cell] : edges[cell + 1]] // _PROBES
-        for start in range(0, len(visitors), 4 * _BLOCK):
-            some = visitors[start : start + 4 * _BLOCK]
-            cosines = queries[some] @ vectors[inside].T
-            place, column = np.nonzero(cosines >= least)
-            query, other = some[place].astype(np.int32), inside[column].astype(np.int32)
-            real = query != other
-            yield query[real], other[real], cosines[place, column][real]
+        visits = order[edges[cell] : edges[cell + 1]]
+        rows = -(-len(inside) // _PARTS)
+        crowd = np.zeros((_PARTS * rows, vectors.shape[1]), np.float32)  # the rest of the last part is like nothing
+        crowd[: len(inside)] = vectors[inside]
+        step = max(1, _BLOCK_VALUES // len(crowd))  # what fits the processor's cache
+        for start in range(0, len(visits), step):
+            query, probe = np.divmod(visits[start : start + step], _PROBES)
+            found = queries[query] @ crowd.T
+            own = np.minimum(np.searchsorted(inside, query), len(inside) - 1)
+            itself = np.flatnonzero(inside[own] == query)
+            found[itself, own[itself]] = -1
+            best = found.reshape(len(query), _PARTS, rows).argmax(axis=2) + np.arange(_PARTS) * rows
+            cosines[query, probe] = np.take_along_axis(found, best, axis=1)
+            others[query, probe] = inside[np.minimum(best, len(inside) - 1)]
+    cosines = cosines.reshape(len(queries), _PROBES * _PARTS)
+    others = others.reshape(len(queries), _PROBES * _PARTS)
+    kept = np.argpartition(-cosines, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+    cosine = np.take_along_axis(cosines, kept, axis=1).ravel()
+    places = np.flatnonzero(cosine >= _LEAST_COSINE)
+    if len(places) > most:
+        places = places[np.sort(np.argpartition(-cosine[places], most)[:most])]
+    other = np.take_along_axis(others, kept, axis=1).ravel()[places]
+    return (places // NEIGHBOURS).astype(np.int32), other, cosine[places]
 
 
 def _nearest_cells(queries: Floats, centres: Floats) -> NDArray[np.int32]:
-    """int32 [n, 5]: the cells of each query, nearest first."""
+    """int32 [n, 8]: near cells of each query, the nearest first. Each fortieth of the centres gives its best, of which
+    these are the eight best: one pass over the cosines, and most of the eight nearest."""
+    rows = -(-len(centres) // _GROUPS)
+    padded = np.zeros((_GROUPS * rows, centres.shape[1]), np.float32)
+    padded[: len(centres)] = centres
     nearest = np.empty((len(queries), _PROBES), np.int32)
-    for start in range(0, len(queries), 8 * _BLOCK):
-        cosines = queries[start : start + 8 * _BLOCK] @ centres.T
-        rows = np.arange(len(cosines))
-        for probe in range(_PROBES):
-            best = cosines.argmax(axis=1)
-            nearest[start : start + len(best), probe] = best
-            cosines[rows, best] = -np.inf
-    return nearest
+    step = max(1, _BLOCK_VALUES // len(padded))
+    for start in range(0, len(queries), step):
+        cosines = queries[start : start + step] @ padded.T
+        cosines[:, len(centres) :] = -2
+        best = cosines.reshape(len(cosines), _GROUPS, rows).argmax(axis=2) + np.arange(_GROUPS) * rows
+        kept = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1)[:, :_PROBES]
+        nearest[start : start + step] = np.take_along_axis(best, kept, axis=1)
+    return np.minimum(nearest, len(centres) - 1)
 
 
 def _cells(vectors: Floats, seed: int) -> tuple[list[NDArray[np.int32]], Floats]:

@@ -159,6 +159,8 @@ def _check_codestream(file: BinaryIO, header: Dataset, frame: int, syntax: str) 
     except Exception:
         raise UnreadableImage("damaged or truncated pixel data") from None
     size = codestream_size(encoded)
+    if size is None and syntax != _RLE:
+        raise UnreadableImage("compressed pixels that name no size")
     if size is not None and size != (number_of(header, "Rows"), number_of(header, "Columns")):
         raise UnreadableImage("compressed pixels of another size than the header's")
 

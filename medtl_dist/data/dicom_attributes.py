@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
+from medtl_dist.data.kept_columns import age_in_years, holds_date
 from medtl_dist.data.shards import INDEX_FIELDS
 from medtl_dist.errors import UserError
 
@@ -26,14 +26,6 @@ _DECIMAL = ("DS", "FL", "FD")
 _HASHED = ("LO", "SH", "CS", "UI", "PN", "IS", "DA", "AE")
 _SEXES = ("F", "M", "O")
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}(\\[A-Z0-9_ ]{1,16}){0,9}")
-_AGE = re.compile(r"([0-9]{1,3})([DWMY]?)")
-_YEARS = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0, "": 1.0}
-OLDEST = 90
-_DATE = re.compile(
-    r"(\d{1,4}[-/]\d{1,2}[-/]\d{1,4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{4}\.\d{1,2}\.\d{1,2})([T ].*)?"
-    r"|(1[89]|20)\d{2}(0[1-9]|1[0-2])([0-2]\d|3[01])(\d{6}.*)?|\d{1,2}:\d{2}(:\d{2}.*)?"
-)
-_AGE_COLUMN = re.compile(r"(^|[^a-z])age([^a-z]|$)", re.IGNORECASE)
 _TAKEN = {item.name for item in INDEX_FIELDS} | {"class"}
 
 
@@ -82,8 +74,8 @@ def clean_text(keyword: str, vr: str, text: str) -> str:
         return code(text) if code(text) in _SEXES else ""
     if vr == "CS":
         return code(text)
-    if keyword in _TEXTS:
-        return text
+    if keyword in _TEXTS:  # filled in by devices, but people can write into them
+        return "" if "^" in text or len(text) > 64 or holds_date(text) else text
     value = _value(vr, text)
     return "" if value is None else str(value)
 
@@ -109,34 +101,3 @@ def _value(vr: str, text: str) -> int | float | None:
         return value if vr in _DECIMAL else int(value)
     except (ValueError, OverflowError):
         return None
-
-
-def age_in_years(text: str) -> int | None:
-    """``018M`` as whole years (1); without a unit years are meant; 90 for all older than 89; None for other texts."""
-    found = _AGE.fullmatch(text.strip().upper())
-    return min(int(int(found[1]) / _YEARS[found[2]]), OLDEST) if found else None
-
-
-def guard_kept_columns(table: pa.Table) -> pa.Table:
-    """A table's kept columns under the same rules: in a column named as an age, numbers are capped at 90.
-
-    Raises: UserError, a column with a date in it.
-    """
-    for place, name in enumerate(table.column_names):
-        column = table[name]
-        texts = {str(value).strip() for value in column.unique().to_pylist() if value is not None}
-        if any(_DATE.fullmatch(text) for text in texts):
-            raise UserError(
-                f"--keep-col {name}: it holds dates, which identify patients; an age or an interval may be kept"
-            )
-        if _AGE_COLUMN.search(name.replace("_", " ")):
-            capped = [_capped(value) for value in column.to_pylist()]
-            table = table.set_column(place, name, pa.array(capped, column.type))
-    return table
-
-
-def _capped(value: Any) -> Any:
-    """A number of at most 90, ``90+`` for a text that says as much."""
-    if isinstance(value, str):
-        return "90+" if age_in_years(value) == OLDEST else value
-    return value if value is None else min(value, OLDEST)

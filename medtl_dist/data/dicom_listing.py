@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from medtl_dist.data import dicom_attributes as attributes
+from medtl_dist.data import kept_columns
 from medtl_dist.data.dicom_headers import COUNTED, Found
 from medtl_dist.data.dicom_join import Joined
 from medtl_dist.data.sources import Listing, class_order
@@ -112,7 +113,7 @@ def _joined_columns(joined: Joined | None, of_file: list[int]) -> dict[str, Any]
     if joined is None or joined.kept is None:
         return {}
     rows = pa.array([joined.rows[number] for number in of_file], pa.int64())
-    guarded = attributes.guard_kept_columns(joined.kept.take(rows))
+    guarded = kept_columns.guarded(joined.kept.take(rows))
     return {name: guarded[name] for name in guarded.column_names}
 
 

@@ -7,15 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +29,7 @@ from medtl_dist.data.images import (
     shrink,
     to_channels,
 )
-from medtl_dist.errors import Interrupted
+from medtl_dist.data.processes import bounded_results, running_pool
 
 # Below this many images the start of processes costs more than it saves.
 _MIN_FOR_PROCESSES = 64
@@ -162,21 +155,8 @@ class Workers:
             for item in items:
                 yield from work([item])
             return
-        waiting: deque[Future] = deque()
-        try:
-            for chunk in _chunks(items, size):
-                waiting.append(self._pool.submit(work, chunk))
-                if len(waiting) >= self._window:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool:
-            raise Interrupted(
-                "a packing process died, most likely for want of memory: run the command again with fewer --workers"
-            ) from None
-        finally:
-            for future in waiting:
-                future.cancel()
+        for results in bounded_results(self._pool, work, _chunks(items, size), self._window):
+            yield from results
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -198,13 +178,8 @@ def open_workers(num_workers: int, num_images: int, at_least: int = _MIN_FOR_PRO
             yield Workers(None, 1)
         _array.cache_clear()  # else the mapped file would keep its disk space
         return
-    # spawn: Arrow has threads in this process, and a fork would copy their locks.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-    try:
+    with running_pool(num_workers) as pool:
         yield Workers(pool, num_workers)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -215,17 +190,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # Pool workers hold both ends of their queue, so a killed parent would leave them waiting for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

@@ -38,7 +38,8 @@ class Task:
 
 @dataclass
 class ReadTar:
-    """A tar as read. ``seen``: which of the fields asked for occur in it; ``names``: fields of its first .json."""
+    """A tar as read. ``seen``: which of the fields asked for occur in it; ``names``: fields of its first .json; ``classed``:
+    whether any sample has a .cls member."""
 
     name: str
     split: str
@@ -48,6 +49,7 @@ class ReadTar:
     refused: list[Refused] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     names: list[str] = field(default_factory=list)
+    classed: bool = False
 
 
 def read_tar(task: Task) -> ReadTar:
@@ -73,6 +75,7 @@ def read_tar(task: Task) -> ReadTar:
 
 def _take(tar: ReadTar, sample: TarSample, task: Task) -> None:
     image = sample.image
+    tar.classed = tar.classed or "cls" in sample.texts
     try:
         if "json" in sample.texts and (len(tar.seen) < len(task.fields.names) or not tar.names):
             names = parse_json(sample.texts["json"].data).keys()

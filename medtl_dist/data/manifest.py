@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medtl_dist.data import identity, split
+from medtl_dist.data import identity, kept_columns, split
 from medtl_dist.data.shards import SPLITS
 from medtl_dist.data.sources import Listing
 from medtl_dist.errors import LeakageError, UserError
@@ -285,7 +285,7 @@ def cautions(
     manifest: Manifest, splits: Mapping[str, Mapping[str, Any]], excluded: Mapping[int, str] | None = None
 ) -> list[str]:
     """What to know before trusting numbers from this set. ``splits``: the counts of ``dataset.json`` by split."""
-    found = list(manifest.listing.cautions)
+    found = [*manifest.listing.cautions, *kept_columns.cautions(manifest.listing.kept)]
     if manifest.listing.kind == "dicom" and (caution := small_cells(manifest, excluded or manifest.excluded)):
         found.append(caution)
     if manifest.identities.source == "none":

@@ -105,8 +105,8 @@ def pack(
 ) -> Dataset:
     """Pack the images of ``source`` into a new shard set at ``out`` and open it.
 
-    ``progress(done, total)`` is called as images are written. ``out`` appears complete or not at all. Where it is an
-    address (s3, gs) the set is packed on local disk and then put there.
+    ``progress(done, total)`` is called as images are written, then as the audit reads and compares. ``out`` appears
+    complete or not at all. Where it is an address (s3, gs) the set is packed on local disk and then put there.
 
     Raises:
         UserError: options, table or folder that cannot be packed; ``out`` not empty or being packed to.
@@ -202,7 +202,8 @@ def _pack_listing(listing: Listing, dest: Path, work: Path, options: PackOptions
     write_problems(private, listing, identities, missing | packing.problems)
     write_dataset_file(work / "set", info)
     # A set that leaks is finished all the same, so that --fix and --accept have something to start from.
-    found = audit(open_dataset(work / "set"), num_workers=options.num_workers)
+    auditing = None if progress is None else lambda stage, done, total: progress(done, total)
+    found = audit(open_dataset(work / "set"), num_workers=options.num_workers, progress=auditing)
     write_dataset_file(work / "set", info | {"audit": found.summary})
     os.rename(work / "set", dest)
 

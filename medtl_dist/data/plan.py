@@ -265,12 +265,7 @@ def train_plan(
     num_samples = int(rounds.sum())
     num_steps = num_samples // global_batch_size
     if num_steps == 0:
-        raise UserError(
-            f"{num_samples} training samples are fewer than data.global_batch_size = {global_batch_size}: "
-            f"lower data.global_batch_size to at most {num_samples}, or pack more images"
-            if num_samples
-            else "the training split is empty: pack a set that has training images"
-        )
+        raise UserError(_too_few(num_samples, int(counts.sum()), global_batch_size))
     shard, start, length = _runs(rounds, run_length)
     order = _permutation(len(length), seed, epoch, (_RUN_ORDER, 0, 0))
     shard, start, length = shard[order], start[order], length[order]
@@ -283,6 +278,20 @@ def train_plan(
     edge = np.concatenate([np.zeros(1, np.int64), np.cumsum(length)])
     return EpochPlan(
         num_samples, num_steps, global_batch_size, num_lanes, run_length, seed, epoch, shard, start, edge, weighting
+    )
+
+
+def _too_few(num_used: int, num_samples: int, global_batch_size: int) -> str:
+    if num_samples == 0:
+        return "the training split is empty: pack a set that has training images"
+    if num_used < num_samples:
+        return (
+            f"data.sampling_weights leave {num_used} appearances of {num_samples} training samples per epoch, fewer than "
+            f"data.global_batch_size = {global_batch_size}: raise the weights or lower the batch"
+        )
+    return (
+        f"{num_samples} training samples are fewer than data.global_batch_size = {global_batch_size}: "
+        f"lower data.global_batch_size to at most {num_samples}, or pack more images"
     )
 
 
@@ -318,8 +327,8 @@ def weigh(counts: IntArray, weights: Sequence[float] | None = None) -> Weighting
     if (totals > MAX_WEIGHT * samples).any():
         most = float((totals / np.maximum(samples, 1)).max())
         raise UserError(
-            f"a sample would appear {most:.0f} times an epoch, more than {MAX_WEIGHT}: name lower "
-            "data.sampling_weights, or collect more samples of the rarest"
+            f"a sample would appear {most:.0f} times an epoch, more than {MAX_WEIGHT}: give data.sampling_weights of "
+            f"at most {MAX_WEIGHT} by name, for example one below for the rarest"
         )
     return Weighting(counts.astype(np.int64), totals.astype(np.int64))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import pyarrow as pa
+from pyarrow import fs as pafs
 
 from medtl_dist.data.cache import BlockCache
 from medtl_dist.data.web import Fetched, HttpSource, another_length
@@ -47,6 +48,10 @@ class Source(Protocol):
 
     def fetch(self, name: str, start: int, stop: int, size: int) -> Fetched:
         """Bytes ``[start, stop)`` of a file of ``size``. Raises: as ``size``; DataError, missing or of another length."""
+        ...
+
+    def names(self) -> list[str] | None:
+        """What lies in the folder; None: a web server does not say. Raises: as ``size``."""
         ...
 
 
@@ -135,20 +140,30 @@ class Ranges:
             return self._fetch(name, start, stop, size)
         return self._cache.read(name, start, stop, size, lambda a, b: self._fetch(name, a, b, size), fresh=fresh)
 
+    def size(self, name: str) -> int | None:
+        """The length of a file as the store tells it; None: there is none. Raises: as ``read``."""
+        return self._ask(name, lambda: self._source.size(name))
+
+    def names(self) -> list[str] | None:
+        """What lies in the folder, in no order; None: a web server does not say. Raises: as ``read``."""
+        return self._ask("", self._source.names)
+
     def read_whole(self, name: str) -> bytes | None:
         """A whole small file, of a length not known before; None: there is none. Raises: as ``read``."""
-        tries = self._tries(name)
-        while True:
-            try:
-                size = self._source.size(name)
-                break
-            except Transient as problem:
-                tries.failed(problem)
+        size = self.size(name)
         if size is None:
             return None
         if size > MAX_WHOLE_BYTES:
             raise DataError(f"{self.url(name)} has {size:,} bytes: not a file of a set; check the address")
         return bytes(self._fetch(name, 0, size, size))
+
+    def _ask(self, name: str, act: Callable[[], T]) -> T:
+        tries = self._tries(name)
+        while True:
+            try:
+                return act()
+            except Transient as problem:
+                tries.failed(problem)
 
     def _tries(self, name: str) -> _Tries:
         return _Tries(self.url(name), self._patience, self._clock)
@@ -200,6 +215,11 @@ class ArrowSource:
             raise another_length(self._url(name), found, size, _content_type(file))
         data = self._call(name, lambda: file.read_at(stop - start, start))
         return Fetched(data)
+
+    def names(self) -> list[str]:
+        selector = pafs.FileSelector(self._place.path, allow_not_found=True)
+        infos = self._call("", lambda: self._fs.get_file_info(selector))
+        return [info.base_name for info in infos]
 
     def _url(self, name: str) -> str:
         return f"{self._place.url}/{name}{self._at}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -10,8 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from medtl_dist.data.ranges import ranges_of
+from medtl_dist.data.remote_file import RemoteFile
 from medtl_dist.data.shards import INDEX_FIELDS, Dataset, Shard, read_shard_rows
 from medtl_dist.data.sidecars import BadSample, Fields, look_at, parse_json, read_told
 from medtl_dist.data.tars import Member, Refused, TarSample, read_members, read_samples
@@ -34,14 +37,6 @@ class Fault(NamedTuple):
         return f"{self.file}: {f'image {self.key}: ' if self.key else ''}{self.what}"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A shard to check. ``dataset`` without its list of shards, so that it is small to send."""
-
-    dataset: Dataset
-    shard: Shard
-
-
 @dataclass
 class ShardResult:
     """What was found. ``classes``, ``domains``: samples per name by the index; None if it could not be read."""
@@ -55,12 +50,27 @@ class ShardResult:
         self.faults.append(Fault(kind, self.shard.name, what, key))
 
 
-def open_shard(dataset: Dataset, shard: Shard) -> tuple[BufferedReader, int]:
-    """A shard as a binary file that seeks, and its length; the only place where checking opens one.
+def open_file(dataset: Dataset, name: str) -> tuple[BufferedReader | RemoteFile, int]:
+    """A file of a set as one that reads and seeks, and its length; the only place where checking opens one.
 
-    Raises: OSError, it cannot be opened; DataError, it is no regular file.
+    Raises: FileNotFoundError; OSError, it cannot be opened; DataError, it is no regular file; of a set in a store as
+    ``Ranges.read``, and whoever reads must expect the same.
     """
-    return open_regular(os.path.join(dataset.folder, shard.name))
+    if not dataset.remote:
+        return open_regular(os.path.join(dataset.folder, name))
+    ranges = ranges_of(dataset.folder, dataset.storage)  # not through the cache: it is the store that is checked
+    size = ranges.size(name)
+    if size is None:
+        raise FileNotFoundError(errno.ENOENT, "is missing")
+    return RemoteFile(ranges, name, size), size
+
+
+def sha256_of(file: BufferedReader | RemoteFile) -> str:
+    """Of a whole file that ``open_file`` opened."""
+    if isinstance(file, RemoteFile):
+        return file.sha256()
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_regular(path: str) -> tuple[BufferedReader, int]:
@@ -73,12 +83,13 @@ def open_regular(path: str) -> tuple[BufferedReader, int]:
     return os.fdopen(handle, "rb"), status.st_size
 
 
-def check_shard(task: Task) -> ShardResult:
-    """Compares a shard with its index rows and its entry in ``dataset.json``. Never raises for a bad shard."""
-    result = ShardResult(task.shard)
-    rows = _rows(task, result)
+def check_shard(dataset: Dataset, shard: Shard) -> ShardResult:
+    """Compares a shard with its index rows and its entry in ``dataset.json``, of which ``dataset`` needs no list of shards.
+    A bad shard is no error, but: raises UserError and Interrupted for a store that lets nobody in or can't be reached."""
+    result = ShardResult(shard)
+    rows = _rows(dataset, shard, result)
     try:
-        file, length = open_shard(task.dataset, task.shard)
+        file, length = open_file(dataset, shard.name)
     except FileNotFoundError:
         result.fault("missing", "is missing")
         return result
@@ -87,20 +98,21 @@ def check_shard(task: Task) -> ShardResult:
         return result
     with file:
         try:
-            if length != task.shard.bytes:
-                result.fault("length", f"is {length} bytes long, {task.shard.bytes} in dataset.json")
-            if hashlib.file_digest(file, "sha256").hexdigest() != task.shard.sha256:
-                result.fault("checksum", "its sha256 differs from dataset.json's")
-            _check_samples(task.dataset, rows, file, length, result)
-        except OSError as error:
-            result.fault("missing", f"cannot be read ({error.strerror})")
+            if length != shard.bytes:
+                result.fault("length", f"is {length} bytes long, {shard.bytes} in dataset.json")
+            before = len(result.faults)
+            _check_samples(dataset, rows, file, length, result)
+            if sha256_of(file) != shard.sha256:
+                result.faults.insert(before, Fault("checksum", shard.name, "its sha256 differs from dataset.json's"))
+        except (OSError, DataError) as error:
+            result.fault("missing", f"cannot be read ({getattr(error, 'strerror', None) or error})")
     return result
 
 
-def _rows(task: Task, result: ShardResult) -> list[dict[str, Any]]:
+def _rows(dataset: Dataset, shard: Shard, result: ShardResult) -> list[dict[str, Any]]:
     """The index rows of the shard, themselves checked; none if they cannot be read."""
     try:
-        table = read_shard_rows(task.dataset, task.shard)
+        table = read_shard_rows(dataset, shard)
     except DataError as error:
         result.fault("index", f"its index rows cannot be read: {error}")
         return []
@@ -108,33 +120,33 @@ def _rows(task: Task, result: ShardResult) -> list[dict[str, Any]]:
     result.classes, result.domains = Counter(), Counter()
     end = 0
     for row in rows:
-        for what in _row_objections(row, task, end):
+        for what in _row_objections(row, dataset, shard, end):
             result.fault("index", f"its index row {what}", _key(row))
         end = (row["offset"] or 0) + (row["size"] or 0)
-        if isinstance(row["label"], int) and 0 <= row["label"] < len(task.dataset.classes):
-            result.classes[task.dataset.classes[row["label"]]] += 1
+        if isinstance(row["label"], int) and 0 <= row["label"] < len(dataset.classes):
+            result.classes[dataset.classes[row["label"]]] += 1
         if row["domain"] is not None:
             result.domains[row["domain"]] += 1
     return rows
 
 
-def _row_objections(row: dict[str, Any], task: Task, end: int) -> Iterator[str]:
+def _row_objections(row: dict[str, Any], dataset: Dataset, shard: Shard, end: int) -> Iterator[str]:
     empty = [name for name in _FACTS if row[name] is None and name != "domain"]
     if empty:
         yield f"has no {', '.join(empty)}"
         return
-    if row["shard"] != task.shard.name or row["split"] != task.shard.split:
+    if row["shard"] != shard.name or row["split"] != shard.split:
         yield "names another shard or split"
-    if not 0 <= row["label"] < len(task.dataset.classes):
-        yield f"has label {row['label']}, of {len(task.dataset.classes)} classes"
+    if not 0 <= row["label"] < len(dataset.classes):
+        yield f"has label {row['label']}, of {len(dataset.classes)} classes"
     if not HASH.fullmatch(row["group"]):
         yield "has a group that is no hash; is it a patient's own id?"
-    if row["size"] < 1 or row["offset"] < end or row["offset"] + row["size"] > task.shard.bytes:
+    if row["size"] < 1 or row["offset"] < end or row["offset"] + row["size"] > shard.bytes:
         yield "is out of order, or points outside the shard"
 
 
 def _check_samples(
-    dataset: Dataset, rows: list[dict[str, Any]], file: BinaryIO, length: int, result: ShardResult
+    dataset: Dataset, rows: list[dict[str, Any]], file: BufferedReader | RemoteFile, length: int, result: ShardResult
 ) -> None:
     waiting = {row["offset"]: row for row in rows}
     fields = fields_of(dataset)
@@ -254,7 +266,11 @@ def _told_faults(sample: TarSample, row: dict[str, Any], dataset: Dataset, field
 
 
 def _check_unreached(
-    waiting: dict[int, dict[str, Any]], file: BinaryIO, length: int, broken: bool, result: ShardResult
+    waiting: dict[int, dict[str, Any]],
+    file: BufferedReader | RemoteFile,
+    length: int,
+    broken: bool,
+    result: ShardResult,
 ) -> None:
     """Rows whose image the walk through the tar did not meet: read where the index says it is."""
     whole = 0

@@ -37,8 +37,10 @@ def work_folder(dest: Path) -> Iterator[Path]:
     descriptor = _lock(work, dest)
     try:
         for leftover in work.iterdir():
-            if leftover.name != _LOCK:
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
+            elif leftover.name != _LOCK:
+                leftover.unlink()
         yield work
     finally:
         # Removed while still locked; a folder that another process enters meanwhile stays for that process.

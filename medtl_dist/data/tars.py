@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 TEXT_EXTENSIONS = ("json", "cls", "txt")
@@ -91,6 +91,14 @@ class TarSample:
     texts: dict[str, Member]
 
 
+class Readable(Protocol):
+    """What a walk needs of a file."""
+
+    def seek(self, offset: int, /) -> int: ...
+
+    def read(self, count: int, /) -> bytes: ...
+
+
 class _Broken(Exception):
     """Nothing beyond this point of the tar can be trusted."""
 
@@ -110,7 +118,7 @@ class _Extended:
     kinds: set[bytes] = field(default_factory=set)
 
 
-def read_members(file: BinaryIO, length: int) -> Iterator[Member | Refused]:
+def read_members(file: Readable, length: int) -> Iterator[Member | Refused]:
     """The members of a tar of ``length`` bytes in order; its last item is a ``Refused`` if the tar is damaged there.
 
     One member is in memory at a time. Raises: OSError, the file cannot be read.
@@ -180,7 +188,7 @@ def _sample(group: list[Member], seen: set[str]) -> Iterator[TarSample | Refused
         yield TarSample(first.number, first.key, images[0], texts)
 
 
-def _member(file: BinaryIO, number: int, raw: bytes, header: _Header, offset: int, objection: str) -> Member | Refused:
+def _member(file: Readable, number: int, raw: bytes, header: _Header, offset: int, objection: str) -> Member | Refused:
     """One member with its data, or why not. Nothing of a refused one is read."""
     try:
         name = raw.decode("utf-8")
@@ -229,7 +237,7 @@ def _check_kind(head: bytes, length: int) -> None:
         raise _Broken("not a tar but a web page (HTML or XML): was it fetched without access? Fetch it again")
 
 
-def _header(file: BinaryIO, at: int, length: int) -> _Header | None:
+def _header(file: Readable, at: int, length: int) -> _Header | None:
     """The header at ``at``; None at a whole end of the archive. Raises: _Broken."""
     if at + _BLOCK > length:
         raise _Broken("the tar ends without its end-of-archive blocks: it is cut short")
@@ -266,7 +274,7 @@ def _is_octal(text: bytes) -> bool:
     return bool(text) and all(48 <= digit <= 55 for digit in text)
 
 
-def _check_end(file: BinaryIO, at: int, length: int) -> None:
+def _check_end(file: Readable, at: int, length: int) -> None:
     if length - at < _BLOCK:
         raise _Broken("the tar ends without its second end-of-archive block: it is cut short")
     while at < length:
@@ -276,7 +284,7 @@ def _check_end(file: BinaryIO, at: int, length: int) -> None:
         at += len(data)
 
 
-def _read_extended(file: BinaryIO, at: int, size: int) -> bytes:
+def _read_extended(file: Readable, at: int, size: int) -> bytes:
     if size > MAX_EXTENDED_BYTES:
         raise _Broken(f"an extended header of {size} bytes, more than the limit of {MAX_EXTENDED_BYTES}")
     return _read(file, at, size)
@@ -322,7 +330,7 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _read(file: BinaryIO, at: int, count: int) -> bytes:
+def _read(file: Readable, at: int, count: int) -> bytes:
     file.seek(at)
     data = file.read(count)
     if len(data) != count:

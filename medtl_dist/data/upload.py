@@ -113,21 +113,35 @@ def _refuse(names: list[str], place: Place) -> None:
 def _upload(packed: Path, folder: Folder, place: Place, mark: str, progress: Progress) -> None:
     names = sorted(path.name for path in packed.iterdir() if path.name != DATASET_FILE)
     try:
-        with ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="medtl-upload") as pool:
-            for done, _ in enumerate(pool.map(lambda name: _put(packed, name, folder), names), start=1):
-                progress(done, len(names) + 1)
-        found = set(folder.names())
-        if found != {*names, mark}:
-            raise UserError(
-                f"{place.url} has been written to by somebody else meanwhile: name a new address with --out"
+        _put_all(packed, names, folder, progress)
+        if set(folder.names()) != {*names, mark}:
+            # Nothing is removed: what has our names may be the other one's by now.
+            raise _UploadFailed(
+                UserError(f"{place.url} has been written to by somebody else meanwhile: name a new address with --out")
             )
         _put(packed, DATASET_FILE, folder)
         progress(len(names) + 1, len(names) + 1)
-    except (OSError, UserError) as error:
-        for name in (DATASET_FILE, *names):
-            with contextlib.suppress(OSError):
-                folder.delete(name)
-        raise _UploadFailed(_explained(error, place) if isinstance(error, OSError) else error) from None
+    except OSError as error:
+        _remove(folder, names)
+        raise _UploadFailed(_explained(error, place)) from None
+    except KeyboardInterrupt:
+        _remove(folder, names)
+        raise _UploadFailed(Interrupted(f"{place.url}: the upload was stopped")) from None
+
+
+def _put_all(packed: Path, names: list[str], folder: Folder, progress: Progress) -> None:
+    pool = ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="medtl-upload")
+    try:
+        for done, _ in enumerate(pool.map(lambda name: _put(packed, name, folder), names), start=1):
+            progress(done, len(names) + 1)
+    finally:
+        pool.shutdown(cancel_futures=True)  # what has not begun is not begun, Ctrl-C or not
+
+
+def _remove(folder: Folder, names: list[str]) -> None:
+    for name in (DATASET_FILE, *names):
+        with contextlib.suppress(OSError):
+            folder.delete(name)
 
 
 def _put(packed: Path, name: str, folder: Folder) -> None:

@@ -81,6 +81,10 @@ class HttpSource:
         finally:
             response.close()  # what is left of a body is not worth reading
 
+    def names(self) -> None:
+        """A web server has no list of its files that could be relied on."""
+        return
+
     def _url(self, name: str) -> str:
         return f"{self._folder}/{name}"
 

@@ -2,94 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import gc
 import hashlib
 import io
 import json
 import os
-import re
-import warnings
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from foreign_sets import ONE, SHOW, batches, by_webdataset, item, refused, write_foreign, write_shards
 from image_folders import write_table
 from shard_sets import image_of
-from tar_files import END, member, png, sample
-from webdataset.compat import WebDataset
-from webdataset.writer import ShardWriter
+from tar_files import END, sample
 
 from medtl_dist.cli import main
 from medtl_dist.data.adopt import AdoptOptions, adopt, parse_splits
 from medtl_dist.data.identity import image_key, write_secret
 from medtl_dist.data.pack import PackOptions, pack
-from medtl_dist.data.shards import Dataset, open_dataset, read_split
+from medtl_dist.data.shards import open_dataset, read_split
 from medtl_dist.data.sidecars import Fields
 from medtl_dist.data.sources import Columns
-from medtl_dist.data.stream import Batch, eval_batches, train_batches
-from medtl_dist.data.transforms import EvalTransform, TrainTransform
+from medtl_dist.data.stream import train_batches
+from medtl_dist.data.transforms import TrainTransform
 from medtl_dist.data.verify import verify
-from medtl_dist.errors import DataError, LeakageError, MedtlError, UserError
-
-SHOW = EvalTransform(24, mode="squash")
-ONE: dict[str, Any] = {"num_workers": 1}
-
-
-def write_shards(folder: Path, split: str, samples: list[dict[str, Any]], per_shard: int = 5) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(str(folder / f"{split}-%03d.tar"), maxcount=per_shard, verbose=0) as writer:
-        for item in samples:
-            writer.write(item)
-
-
-def facts(split: str, number: int) -> dict[str, Any]:
-    return {"finding": "ab"[number % 2], "patient": f"Doe-{split}-{number // 3}", "site": "NS"[number // 4 % 2],
-            "age": 20 + number, "weight": 1.5 if number % 3 else None}  # fmt: skip
-
-
-def item(split: str, number: int, **changes: Any) -> dict[str, Any]:
-    made = {
-        "__key__": f"study/Doe{number:03d}",
-        "png": image_of(number)[:, :, 0],
-        "json": facts(split, number),
-        "cls": number % 2,
-    }
-    return {name: value for name, value in {**made, **changes}.items() if value is not None}
+from medtl_dist.errors import DataError, LeakageError, UserError
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for split, count in (("train", 17), ("val", 6)):
-        write_shards(tmp_path / "tars", split, [item(split, number) for number in range(count)])
-    return tmp_path / "tars"
-
-
-def by_webdataset(paths: list[str], *decode: str) -> list[dict[str, Any]]:
-    """What plain webdataset makes of the tars; it leaves their closing to the garbage collector."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        stream: Any = WebDataset(paths, shardshuffle=False)
-        found = list(stream.decode(*decode) if decode else stream)
-        del stream
-        gc.collect()
-    return found
-
-
-def batches(dataset: Dataset, split: str) -> list[Batch]:
-    return list(eval_batches(dataset, split, transform=SHOW, batch_size=4))
-
-
-def refused(folder: Path, kind: type[MedtlError] = DataError, **options: Any) -> str:
-    with pytest.raises(kind) as caught:
-        adopt(folder, AdoptOptions(**{**ONE, **options}))
-    assert "\n" not in caught.value.message
-    assert "Doe" not in caught.value.message
-    assert not (folder / "dataset.json").exists()
-    return caught.value.message
+    return write_foreign(tmp_path / "tars")
 
 
 # --- foreign sets, read by us ---
@@ -287,115 +230,6 @@ def test_uids_that_share_a_key_are_refused(tmp_path: Path) -> None:
     assert "member 4: a second .cls member under one key (a key ends at the first dot" in said
 
 
-# --- what cannot be adopted ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "fields", "says"),
-    [
-        ({"cls": None}, Fields(), "train-000.tar: member 7: a sample without a .cls member; --label-field FIELD"),
-        ({"cls": " "}, Fields(), "member 7: an empty or missing label"),
-        ({"cls": b"\xff"}, Fields(), "member 7: a .cls member that is not UTF-8"),
-        ({"cls": "x" * 300}, Fields(), "member 7: a label of more than 200 characters"),
-        ({"cls": "a\nb"}, Fields(), "member 7: a label of more than 200 characters, or not printable"),
-        ({"json": None}, Fields("finding"), "member 7: a sample without a .json member"),
-        ({"json": {"patient": "Doe"}}, Fields("finding"), "member 7: an empty or missing label"),
-        ({"json": b"[1]"}, Fields("finding"), "member 7: a .json member that holds no object"),
-        ({"json": b'{"finding": NaN}'}, Fields("finding"), "member 7: a damaged .json member"),
-        ({"json": b'{"finding": 1e999}'}, Fields("finding"), "member 7: a damaged .json member"),
-        ({"json": b'{"finding": "a", "finding": "b"}'}, Fields("finding"), "member 7: a damaged .json member"),
-        ({"json": b"[" * 10**5}, Fields("finding"), "member 7: a damaged .json member"),
-        ({"json": {"finding": ["a"]}}, Fields("finding"), "field 'finding' of its .json holds a list"),
-        ({"json": {"patient": None}}, Fields(groups=("patient",)), "member 7: no group (--group-field)"),
-        ({"png": b"GIF89a"}, Fields(), "member 7: a bad image: neither JPEG nor PNG"),
-        ({"png": png(0)[:-30]}, Fields(), "member 7: a bad image: the image can't be decoded, or not to its end"),
-        ({"png": None}, Fields(), "member 7: a key without an image"),
-        ({"pyd": b"x"}, Fields(), "member 10: a .pyd member: only jpg, jpeg, png, json, cls, txt are read"),
-        ({"jpg": b"x"}, Fields(), "member 10: a second image under one key"),
-    ],
-)
-def test_a_bad_sample_is_named_by_position_and_in_the_private_folder(
-    tmp_path: Path, changes: dict[str, Any], fields: Fields, says: str
-) -> None:
-    items = [item("train", number) for number in range(4)]
-    items[2] = item("train", 2, **changes)
-    write_shards(tmp_path / "t", "train", items)
-    # Members of a sample are written in the order of their extensions: cls, json, png.
-    assert says in refused(tmp_path / "t", fields=fields)
-    with open(f"{tmp_path}/t.private/refused.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["name"].partition(".")[0] for row in rows} == {"study/Doe002"}
-    assert os.stat(f"{tmp_path}/t.private/refused.csv").st_mode & 0o777 == 0o600
-
-
-def test_all_that_is_wrong_is_counted_over_all_tars(folder: Path) -> None:
-    for name in ("train-001.tar", "val-000.tar"):
-        (folder / name).write_bytes(member("Doe.pkl") * 4 + sample("Doe", 0) + END)
-    said = refused(folder)
-    assert said.startswith(f"8 members of the tars in {folder} cannot be used: train-001.tar: member 1: a .pkl")
-    assert "; … and 3 more. " in said
-
-
-def test_a_truncated_jpeg_is_not_adopted_though_training_would_decode_it(tmp_path: Path) -> None:
-    whole = cv2.imencode(".jpg", image_of(0, (200, 240)))[1].tobytes()
-    write_shards(tmp_path / "t", "val", [item("val", 0, png=None, jpg=whole[: len(whole) // 2]), item("val", 1)])
-    assert "the image can't be decoded, or not to its end" in refused(tmp_path / "t")
-
-
-def test_a_field_that_no_sample_has_is_a_slip(folder: Path) -> None:
-    said = refused(folder, UserError, fields=Fields("findings"))
-    assert said == "no .json member has a field 'findings'; the first ones have: age, finding, patient, site, weight"
-
-
-@pytest.mark.parametrize(
-    ("prepare", "says"),
-    [
-        (lambda folder: [path.unlink() for path in folder.iterdir()], "has no .tar files"),
-        (lambda folder: (folder / "train-9.tar.gz").touch(), "1 of 7 tars in .* not compressed; rename or unpack"),
-        (lambda folder: (folder / "-x.tar").touch(), "1 of 7 tars in .* have names that no set can have"),
-        (
-            lambda folder: (folder / "pipe:touch canary.tar").touch(),
-            "1 of 7 tars in .* have names that no set can have",
-        ),
-        (lambda folder: (folder / "more.tar").touch(), "1 of 7 tars belong to no split, as more.tar: name them train-"),
-    ],
-)
-def test_folders_that_are_not_ready(folder: Path, prepare: Any, says: str) -> None:
-    prepare(folder)
-    assert re.search(says, refused(folder, UserError))
-
-
-def test_not_twice_and_not_nowhere(folder: Path, tmp_path: Path) -> None:
-    adopt(folder, AdoptOptions(**ONE))
-    with pytest.raises(UserError, match="it is a set already"):
-        adopt(folder, AdoptOptions(**ONE))
-    with pytest.raises(UserError, match="no such folder"):
-        adopt(tmp_path / "none", AdoptOptions(**ONE))
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"num_workers": 0}, "--workers 0"),
-        ({"fields": Fields(keep=("label",))}, "--keep-field label: the index has a column of that name"),
-        ({"fields": Fields(keep=("a", "a"))}, "--keep-field names a field twice"),
-    ],
-)
-def test_options_out_of_range(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        AdoptOptions(**options)
-
-
-def test_one_class_and_mixed_kinds_are_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path / "one", "val", [item("val", number, cls=0) for number in range(3)])
-    assert "at least two classes" in refused(tmp_path / "one", UserError)
-    items = [item("val", number, json={"age": [1, "x"][number % 2]}) for number in range(3)]
-    write_shards(tmp_path / "mixed", "val", items)
-    assert "text in some samples and numbers in others" in refused(
-        tmp_path / "mixed", UserError, fields=Fields(keep=("age",))
-    )
-
-
 def test_verify_finds_an_adopted_tar_whose_texts_changed(folder: Path) -> None:
     """Checksums and index agree, but the tar tells something else than the index."""
     fields = Fields("finding", ("patient",), "site", ("age",))
@@ -434,6 +268,11 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out.splitlines()
     assert code == 0
     assert printed[0] == f"{folder}: 23 images, binary, positive a; grey, native size, as found"
+    assert (
+        printed[2]
+        == "adopted: tars of another tool, indexed where they lie; label from field 'finding', domain from field 'site'"
+    )
+    assert "domains of train: N 9, S 8" in printed
     assert printed[-1].startswith(f"{folder}.private names files and patients")
     (folder / "dataset.json").unlink()
     assert main.run(["data", "index", str(folder), "--workers", "1", "--json"]) == 0

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from audit_sets import Entry, base, pack_entries, texture
+from audit_sets import Entry, base, pack_entries, texture, write_entries
 from shard_sets import write_set
 from typer.testing import CliRunner
 
@@ -18,7 +18,10 @@ from medtl_dist.data.audit import Audit, audit, record, refuse_leaks
 from medtl_dist.data.audit_accept import read_accepted
 from medtl_dist.data.audit_fix import fix
 from medtl_dist.data.findings import Finding
+from medtl_dist.data.fingerprint import NUM_VARIANTS
+from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.shards import Dataset, open_dataset, read_split
+from medtl_dist.data.sources import Columns
 from medtl_dist.errors import DataError, LeakageError, UserError
 
 # Copies of images of train (even numbers), under other patients; 7 and 11 are in val.
@@ -284,3 +287,12 @@ def test_recording_keeps_the_rest_of_the_set(tmp_path: Path) -> None:
     assert again.info == dataset.info | {"audit": {"findings": [], "leaks": 0}}
     assert again.sha256 != dataset.sha256
     assert not list(Path(dataset.folder).glob("*.part"))
+
+
+def test_packing_tells_the_progress_of_its_audit_too(tmp_path: Path) -> None:
+    table = write_entries(tmp_path / "source", base(12))
+    told: list[tuple[int, int]] = []
+    columns = Columns(label="label", group=("patient",), split="split")
+    pack(table, tmp_path / "set", PackOptions(columns=columns, num_workers=1), lambda *counts: told.append(counts))
+    assert told.count((12, 12)) >= 2  # images written, images read again
+    assert (NUM_VARIANTS, NUM_VARIANTS) in told

@@ -169,6 +169,7 @@ def test_search_finds_planted_copies_and_says_how(monkeypatch: pytest.MonkeyPatc
     celled = find_pairs(records, projection)
     in_cells = set(zip(celled.first.tolist(), celled.second.tolist(), strict=True))
     assert len(in_cells & pairs) >= 90
+    assert (celled.first < celled.second).all()  # nobody is a neighbour of its own
     assert in_cells != found
 
 
@@ -207,6 +208,24 @@ def test_a_crowd_of_lookalikes_does_not_make_one_huge_cell() -> None:
     assert max(map(len, members)) <= 8 * math.sqrt(3000)
     assert sorted(np.concatenate(members)) == list(range(3000))
     assert len(centres) == len(members)
+
+
+def test_cells_give_real_cosines_and_nearly_the_nearest_of_all() -> None:
+    """Against every pair, by brute force."""
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((40, 48)).repeat(50, axis=0) + 0.7 * rng.standard_normal((2000, 48))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    query, other, cosine = audit_search._in_cells(vectors, vectors, audit_search._cells(vectors, 0), 10_000)
+    cosines = vectors @ vectors.T
+    np.testing.assert_allclose(cosine, cosines[query, other], atol=1e-5)
+    np.fill_diagonal(cosines, -1)
+    assert (query != other).all()
+    assert np.bincount(query).max() == audit_search.NEIGHBOURS
+    found = set(zip(query.tolist(), other.tolist(), strict=True))
+    assert np.mean([pair in found for pair in enumerate(cosines.argmax(axis=1).tolist())]) > 0.8
+    fewer = audit_search._in_cells(vectors, vectors, audit_search._cells(vectors, 0), 500)
+    assert len(fewer[0]) == 500
+    assert fewer[2].min() >= np.sort(cosine)[-500]
 
 
 @pytest.mark.parametrize("variant", [0, FLIP_X, TRANSPOSE | FLIP_Y, NEGATIVE | FLIP_Y])

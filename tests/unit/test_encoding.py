@@ -27,15 +27,14 @@ from medtl_dist.errors import Interrupted
 GREY = Recipe(image_size_px=16, channels=1, only_grey=True, encoding="png")
 
 
-def name_and_process(pictures: Sequence[Picture], recipe: Recipe) -> list[tuple[str, int]]:
+def name_and_process(pictures: Sequence[Picture]) -> list[tuple[str, int]]:
     """Stands in for storing: says what was asked for, and who did it."""
-    del recipe
     return [(picture.file, os.getpid()) for picture in pictures]
 
 
-def die(pictures: Sequence[Picture], recipe: Recipe) -> list[None]:
+def die(pictures: Sequence[Picture]) -> list[None]:
     """Stands in for storing: ends the process as the kernel does when memory runs out."""
-    del pictures, recipe
+    del pictures
     os._exit(9)
 
 
@@ -67,7 +66,7 @@ def test_results_keep_their_order_and_the_window_is_bounded() -> None:
 
     with open_workers(2, 500) as workers:
         processes = set()
-        for done, (name, process) in enumerate(workers._ordered(name_and_process, pictures(), GREY, 4)):
+        for done, (name, process) in enumerate(workers.ordered(name_and_process, pictures(), 4)):
             assert name == str(done)
             assert asked - done <= 2 * 4 * 4 + 4  # workers x tasks each x images per task, and the one being filled
             processes.add(process)
@@ -76,7 +75,7 @@ def test_results_keep_their_order_and_the_window_is_bounded() -> None:
 
 def test_few_images_start_no_process() -> None:
     with open_workers(2, 10) as workers:
-        assert list(workers._ordered(name_and_process, [Picture("x", -1)], GREY, 4)) == [("x", os.getpid())]
+        assert list(workers.ordered(name_and_process, [Picture("x", -1)], 4)) == [("x", os.getpid())]
 
 
 def test_a_worker_that_dies_ends_the_pack_with_advice() -> None:
@@ -84,7 +83,7 @@ def test_a_worker_that_dies_ends_the_pack_with_advice() -> None:
         open_workers(2, 500) as workers,
         pytest.raises(Interrupted, match="run the command again with fewer --workers"),
     ):
-        list(workers._ordered(die, [Picture("x", -1)] * 20, GREY, 4))
+        list(workers.ordered(die, [Picture("x", -1)] * 20, 4))
 
 
 def test_a_pool_is_not_kept_open() -> None:
@@ -92,4 +91,4 @@ def test_a_pool_is_not_kept_open() -> None:
         pass
     assert isinstance(workers, Workers)
     with pytest.raises(RuntimeError, match="cannot schedule new futures"):
-        list(workers._ordered(name_and_process, [Picture("x", -1)], GREY, 1))
+        list(workers.ordered(name_and_process, [Picture("x", -1)], 1))

@@ -368,3 +368,9 @@ def test_batches_of_a_set_that_lies_class_by_class_are_as_mixed_as_by_chance() -
     by_chance = batch * 0.25 * 0.75 * (6000 - batch) / 5999
     assert np.var(found) < 2 * by_chance, "read in order, it would be about 48 times as much"
     assert abs(np.mean(found) - batch / 4) < 1
+
+
+def test_weights_that_leave_too_little_are_named() -> None:
+    weighting = weigh(np.array([[30, 10]]), [0, 0.1])
+    with pytest.raises(UserError, match=r"^data\.sampling_weights leave 1 appearances of 40 training samples"):
+        train_plan([40], global_batch_size=4, seed=0, epoch=0, weighting=weighting)

@@ -16,6 +16,29 @@ def test_results_come_in_order(num_workers: int) -> None:
     assert list(in_order(abs, [], num_workers)) == []
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_all_items_share_goes_to_each_process_once(num_workers: int) -> None:
+    common = Counted(3)
+    assert list(in_order(add, range(20), num_workers, common, 100)) == list(range(103, 123))
+    assert common.sent == (num_workers if num_workers > 1 else 0)
+
+
+class Counted:
+    """A number that counts how often it is sent."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self.sent = 0
+
+    def __reduce__(self) -> tuple[type[Counted], tuple[int]]:
+        self.sent += 1
+        return Counted, (self.value,)
+
+
+def add(first: Counted, second: int, item: int) -> int:
+    return first.value + second + item
+
+
 def test_errors_come_through() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         list(in_order(int, ["1", "x", "3"], 2))

@@ -43,6 +43,11 @@ class FakeSource:
     def size(self, name: str) -> int | None:
         return len(self.data)
 
+    def names(self) -> list[str] | None:
+        if self.course and self.course.pop(0) is not None:
+            raise BROKEN
+        return ["x"]
+
     def fetch(self, name: str, start: int, stop: int, size: int) -> Fetched:
         self.asked.append((start, stop))
         self.time.now += self.costs_s
@@ -140,3 +145,11 @@ def test_a_whole_file_that_is_none_or_far_too_large() -> None:
     assert ranges_over(Sized(b"", [])).read_whole("none") is None
     with pytest.raises(DataError, match=r"1,099,511,627,776 bytes: not a file of a set"):
         ranges_over(Sized(b"", [])).read_whole("large")
+
+
+def test_a_length_and_a_listing_are_asked_for_again() -> None:
+    source = FakeSource(b"abc", [-1, None])
+    assert ranges_over(source).names() == ["x"]
+    assert ranges_over(source).size("x") == 3
+    with pytest.raises(Interrupted, match="3 tries"):
+        ranges_over(FakeSource(b"", [-1] * 9)).names()

@@ -183,3 +183,14 @@ def test_a_footer_described_wrongly_is_damage(tmp_path: Path) -> None:
         file.write_text(json.dumps(info))
         with pytest.raises(DataError, match=r"dataset\.json is damaged \(the index's footer"):
             open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("counts", [7, {"a": -1}, {"a": True}, ["a"]])
+def test_counts_that_are_none_are_damage(tmp_path: Path, counts: Any) -> None:
+    write_set(tmp_path / "set", {"train": [3]})
+    file = tmp_path / "set" / "dataset.json"
+    info = json.loads(file.read_text())
+    info["splits"]["train"]["shards"][0]["classes"] = counts
+    file.write_text(json.dumps(info))
+    with pytest.raises(DataError, match="has no counts of its classes"):
+        open_dataset(tmp_path / "set")

@@ -14,6 +14,8 @@ def test_leftovers_of_a_killed_pack_are_cleared(tmp_path: Path) -> None:
     work = tmp_path / ".set.packing"
     (work / "arrays").mkdir(parents=True)
     (work / "arrays/train_images.npy").touch()
+    (work / "index.parquet").touch()
+    (work / "elsewhere").symlink_to(tmp_path)
     with staging.work_folder(tmp_path / "set") as folder:
         assert folder == work
         assert [path.name for path in folder.iterdir()] == ["lock"]
