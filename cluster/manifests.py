@@ -119,6 +119,11 @@ def config_for(config: Config, target: Target) -> Config:
     shape, store = target.shape, target.store
     if store is None:
         raise UserError("--store is missing: it holds shard sets and run folders.")
+    if config.transfer.stages:
+        raise UserError(
+            "transfer.stages: paths of the stages can't be placed in the store yet; render each stage as a run of its own, "
+            "with model.weights naming the checkpoint of the one before."
+        )
     for key, text in _strings(config.model_dump(mode="json")):
         if not text.isprintable():  # line separators among them, which YAML's versions read differently
             raise UserError(f"{key} = {text!r}: expected printable characters only.")

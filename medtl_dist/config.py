@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -174,7 +176,24 @@ class Model(_Section):
     backbone: str = Field(
         default="resnet101", description="Name of a network (`medtl models` lists them), or timm/NAME."
     )
-    weights: str = Field(default="imagenet", description="imagenet, random, or a .pth or .safetensors file.")
+    weights: str = Field(
+        default="imagenet",
+        description="imagenet, random, a .pth or .safetensors file, or, in a stage of transfer.stages, stage:NAME.",
+    )
+    join: Literal["concat", "serial"] | None = Field(
+        default=None,
+        description="Two networks as one: concat, both networks' pooled features under a new head; serial, the backbone's "
+        "last feature map (1x1 convolution, resized) into second_backbone; null: one network.",
+    )
+    second_backbone: str | None = Field(default=None, description="join: name of the second network.")
+    second_weights: str = Field(
+        default="imagenet",
+        description="join: weights of the second network, as weights; unused where that file holds both.",
+    )
+    keep_head: bool = Field(
+        default=True,
+        description="Take the head of a weights file too, where it has as many outputs; false: a new head in any case.",
+    )
     frozen_depth: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         default=0,
         description="Stages kept as they are: 0 none, 1 the stem, … number of stages (or all): everything but the head.",
@@ -191,6 +210,14 @@ class Model(_Section):
     def _zero_init_needs_random(self) -> Model:
         if self.zero_init_residual and self.weights != "random":
             raise ValueError("zero_init_residual = true needs weights = random: it would erase what was pretrained")
+        return self
+
+    @model_validator(mode="after")
+    def _joining_needs_two(self) -> Model:
+        if (self.join is None) != (self.second_backbone is None):
+            raise ValueError("join and second_backbone go together: give both, or neither")
+        if self.join is not None and self.zero_init_residual:
+            raise ValueError("zero_init_residual = true is for one network; with join leave it false")
         return self
 
 
@@ -302,6 +329,32 @@ class Evaluate(_Section):
     )
 
 
+class Transfer(_Section):
+    """A chain of trainings, each from the best checkpoint of the one before: source, perhaps shared, then target."""
+
+    stages: list[dict[str, Any]] = Field(
+        default=[],
+        description="Two or more stages: a name, and below data, augment, model, optim, schedule, train and evaluate what "
+        "differs from the keys of the whole config; [] trains once.",
+    )
+    compare: bool = Field(
+        default=False, description="Train the last stage alone as well, from model.weights, and compare the two."
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[], description="compare: seeds of train.seed with which both are trained; []: train.seed alone."
+    )
+
+    @model_validator(mode="after")
+    def _comparing_needs_stages(self) -> Transfer:
+        if self.compare and not self.stages:
+            raise ValueError("compare = true needs stages")
+        if self.seeds and not self.compare:
+            raise ValueError("seeds need compare = true; one training has train.seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names a seed twice")
+        return self
+
+
 class Cluster(_Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Ray Train workers; 0: in this process, no Ray."
@@ -326,7 +379,13 @@ class Config(_Section):
     schedule: Schedule = Schedule()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    transfer: Transfer = Transfer()
     cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _stages_are_configs(self) -> Config:
+        stages_of(self)
+        return self
 
     @model_validator(mode="after")
     def _rare_classes_are_favoured_once(self) -> Config:
@@ -342,11 +401,110 @@ class Config(_Section):
 
     def sha256(self) -> str:
         """Hex digest of what decides the numbers: the tree less ``cluster``, places and time-outs."""
-        tree = self.model_dump(
-            mode="json",
-            exclude={"cluster": True, "data": _PLACE_KEYS, "train": {"collective_timeout_s"}},
-        )
+        tree = _counting(self.model_dump(mode="json"))
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a chain; ``config`` is complete, and its ``model.weights`` may be ``stage:NAME`` of an earlier one."""
+
+    name: str
+    config: Config
+
+
+_STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_STAGE_SECTIONS = ("data", "augment", "model", "optim", "schedule", "train", "evaluate")
+FROM_STAGE = "stage:"  # what model.weights begins with where it names a stage
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of ``config.transfer``, each the whole config with its own keys in it; [] where there are none.
+
+    A stage that names no weights starts from the one before it. A stage that names a set of augmentations starts from
+    that set.
+
+    Raises:
+        ConfigError: a stage without a name of its own, with an unknown or refused key, or with weights from a stage that is
+            not before it or has another network.
+    """
+    whole = config.model_dump(mode="json", exclude={"transfer"})
+    stages: list[Stage] = []
+    for number, entry in enumerate(config.transfer.stages, start=1):
+        name = entry.get("name")
+        where = f"transfer.stages, stage {number}"
+        if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name) or name in [stage.name for stage in stages]:
+            raise ConfigError(
+                f"{where}: name = {name!r}: expected a name of its own of at most 40 of a-z, 0-9, - and _, such as source."
+            )
+        where += f" ({name})"
+        own = {section: keys for section, keys in entry.items() if section != "name"}
+        for section, keys in own.items():
+            if section not in _STAGE_SECTIONS:
+                raise ConfigError(f"{where}: unknown key {section}; a stage has: name, {', '.join(_STAGE_SECTIONS)}")
+            if not isinstance(keys, Mapping):
+                raise ConfigError(f"{where}: {section} = {keys!r}: expected keys below it")
+        tree = {section: dict(keys) | dict(own.get(section, {})) for section, keys in whole.items()}
+        if "name" in own.get("augment", {}):
+            tree["augment"] = dict(own["augment"])
+        if stages and "weights" not in own.get("model", {}):
+            tree["model"] |= {"weights": FROM_STAGE + stages[-1].name, "zero_init_residual": False} | own.get(
+                "model", {}
+            )
+        try:
+            stage = Stage(name, validate(tree))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.message}") from None
+        _check_origin(stage, stages, where)
+        stages.append(stage)
+    if len(stages) == 1:
+        raise ConfigError("transfer.stages: one stage is no chain; give two or more, or put its keys into the config.")
+    return stages
+
+
+def _check_origin(stage: Stage, before: list[Stage], where: str) -> None:
+    """Raises ConfigError where the stage's weights can't come from the stage that they name."""
+    model = stage.config.model
+    asked = [("backbone", model.backbone, "weights", model.weights)]
+    if model.join is not None:
+        asked.append(("second_backbone", str(model.second_backbone), "second_weights", model.second_weights))
+    for key, backbone, weights_key, weights in asked:
+        if not weights.startswith(FROM_STAGE):
+            continue
+        origin = next((one for one in before if FROM_STAGE + one.name == weights), None)
+        if origin is None:
+            earlier = ", ".join(one.name for one in before) or "none"
+            raise ConfigError(
+                f"{where}: model.{weights_key} = {weights}: there is no such stage before it (there are: {earlier})."
+            )
+        theirs = origin.config.model
+        both = (theirs.join, theirs.backbone, theirs.second_backbone) == (
+            model.join,
+            model.backbone,
+            model.second_backbone,
+        )
+        if both and key == "backbone":
+            return  # everything comes from there
+        if theirs.backbone != backbone or theirs.join is not None:
+            name = (
+                theirs.backbone
+                if theirs.join is None
+                else f"{theirs.backbone}+{theirs.second_backbone} ({theirs.join})"
+            )
+            raise ConfigError(
+                f"{where}: model.{key} = {backbone} can't start from stage {origin.name}, which is a {name}: give the same "
+                f"backbone, or model.{weights_key} (imagenet, random, a file, stage:NAME)."
+            )
+
+
+def _counting(tree: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config less what decides no number: ``cluster``, places and time-outs, in the stages too."""
+    kept = {section: keys for section, keys in tree.items() if section != "cluster"}
+    for part in (kept, *(tree["transfer"]["stages"] if "transfer" in tree else [])):
+        for section, left_out in (("data", _PLACE_KEYS), ("train", {"collective_timeout_s"})):
+            if section in part:
+                part[section] = {key: value for key, value in part[section].items() if key not in left_out}
+    return kept
 
 
 class _Loader(yaml.SafeLoader):
@@ -437,14 +595,8 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
-    a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-    place = {"train.collective_timeout_s", *(f"data.{key}" for key in _PLACE_KEYS)}
-    differing = (key for key in {**a, **b} if a.get(key) != b.get(key))
-    return [
-        f"{key}: {a.get(key)} -> {b.get(key)}"
-        for key in differing
-        if key not in place and not key.startswith("cluster.")
-    ]
+    a, b = (_flat(_counting(config.model_dump(mode="json"))) for config in (one, other))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -469,6 +621,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         "data.shards",
         "data.ca_bundle",
         "model.weights",
+        "model.second_weights",
     ):  # no YAML: " #" and ": " may occur in a path
         with contextlib.suppress(yaml.YAMLError):
             leaf = yaml.safe_load(value)

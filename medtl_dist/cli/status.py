@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,13 @@ def status(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
+    _print(found)
+    for part in found["parts"]:
+        typer.echo("")
+        _print(part)
+
+
+def _print(found: dict[str, Any]) -> None:
     news = found["seconds_since_news"]
     typer.echo(f"{found['run']}: {found['state']}" + ("" if news is None else f", last news {news:.0f} s ago"))
     for row in found["epochs"]:
@@ -37,7 +44,7 @@ def status(
         typer.echo(
             f"epoch {min(progress['epoch'] + 1, progress['epochs'])}/{progress['epochs']}, " + progress_facts(progress)
         )
-    if found["state"] == "stopped":
+    if found["state"] == "stopped" and not found["parts"]:
         newest = found["checkpoints"][-1] if found["checkpoints"] else None
         where = "there is no checkpoint yet" if newest is None else f"its newest checkpoint is of step {newest}"
         typer.echo(f"{where}; the same `medtl train` command with --resume goes on.")

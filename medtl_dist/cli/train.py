@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medtl_dist.config import Config, load_config
+from medtl_dist.config import FROM_STAGE, Config, load_config, validate
 from medtl_dist.errors import Interrupted, UserError
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Named config: resnet101, resnet101_head, classic, …")]
@@ -55,17 +55,33 @@ def train(
 
 
 def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool = False) -> dict[str, Any]:
-    """Train in ``run_dir``, write the report, print the outcome and return the results."""
+    """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
+    from medtl_dist.train.session import check_inputs
+
+    config = _with_absolute_paths(config)
+    run_dir = run_dir.absolute()
+    if config.transfer.stages:
+        return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
+    check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
+    outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+    else:
+        if done:
+            typer.echo(f"{run_dir} had already finished.", err=True)
+        print_outcome(outcome, report_path)
+    return outcome
+
+
+def _run_one(config: Config, run_dir: Path, *, resume: bool, test: bool) -> tuple[dict[str, Any], Path, bool]:
+    """One training with its report: its results, the report, and whether it had finished before."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report
     from medtl_dist.storage import Folder
     from medtl_dist.train import results
     from medtl_dist.train.run_folder import opened_run_folder
-    from medtl_dist.train.session import check_inputs, check_same_data
+    from medtl_dist.train.session import check_same_data
 
-    config = _with_absolute_paths(config)
-    run_dir = run_dir.absolute()
-    check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
     with opened_run_folder(run_dir, config, resume=resume) as folder:
         place = Folder.local(folder)
         done = place.exists("results.json")
@@ -76,13 +92,38 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
             with following(folder):
                 _train_somewhere(config, folder, test=test)
         report_path = build_report(folder)
-    outcome = results.read_results(place)
+    return results.read_results(place), report_path, done
+
+
+def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
+    """A chain of trainings: each an ordinary run in a folder of its own below ``run_dir``."""
+    from medtl_dist.train.chain import CHAIN_FILE, check_chain, train_chain
+    from medtl_dist.train.compare import COMPARE_FILE, compare_transfer, describe
+    from medtl_dist.train.run_folder import opened_run_folder
+
+    def train_one(stage: Config, folder: Path, open_test: bool) -> dict[str, Any]:
+        outcome, report_path, done = _run_one(stage, folder, resume=True, test=open_test)
+        if done:
+            say(f"{folder} had already finished.")
+        if not as_json:
+            print_outcome(outcome, report_path)
+        return outcome
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    check_chain(config, open_test=test)
+    with opened_run_folder(run_dir, config, resume=resume) as folder:
+        train = compare_transfer if config.transfer.compare else train_chain
+        outcome = train(config, folder, train_one, say=say, open_test=test)
     if as_json:
         typer.echo(json.dumps(outcome))
+    elif config.transfer.compare:
+        for line in describe(outcome):
+            typer.echo(line)
+        typer.echo(f"comparison {run_dir / COMPARE_FILE}")
     else:
-        if done:
-            typer.echo(f"{run_dir} had already finished.", err=True)
-        print_outcome(outcome, report_path)
+        typer.echo(f"chain {run_dir / CHAIN_FILE}")
     return outcome
 
 
@@ -173,15 +214,23 @@ def describe_size(entry: dict[str, Any]) -> str:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Workers run in another folder: every path is made absolute here."""
+    """Workers run in another folder: every path is made absolute here, those of the stages too."""
+    tree = config.model_dump(mode="json")
+    for part in (tree, *tree["transfer"]["stages"]):
+        _make_absolute(part)
+    return validate(tree)
+
+
+def _make_absolute(tree: dict[str, Any]) -> None:
     from medtl_dist.storage import parse_place
 
-    data, model = config.data, config.model
-    if data.shards is not None:
-        data = data.model_copy(update={"shards": parse_place(data.shards).url})
+    data, model = tree.get("data") or {}, tree.get("model") or {}
+    if data.get("shards") is not None:
+        data["shards"] = parse_place(data["shards"]).url
     for key in ("ca_bundle", "cache_dir"):
-        if getattr(data, key) is not None:
-            data = data.model_copy(update={key: str(Path(getattr(data, key)).expanduser().absolute())})
-    if model.weights not in ("imagenet", "random"):
-        model = model.model_copy(update={"weights": str(Path(model.weights).expanduser().absolute())})
-    return config.model_copy(update={"data": data, "model": model})
+        if data.get(key) is not None:
+            data[key] = str(Path(data[key]).expanduser().absolute())
+    for key in ("weights", "second_weights"):
+        weights = model.get(key, "random")
+        if weights not in ("imagenet", "random") and not weights.startswith(FROM_STAGE):
+            model[key] = str(Path(weights).expanduser().absolute())

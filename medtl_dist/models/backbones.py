@@ -27,7 +27,7 @@ class Created:
     model: nn.Module
     spec: BackboneSpec
     message: str  # one line for the user: weights, first convolution, head
-    weights: str  # "random initial weights" | "ImageNet weights FILE" | "weights file FILE"
+    weights: str  # "random initial weights" | "ImageNet weights FILE" | "weights file FILE" | "checkpoint …"
     weights_sha256: str | None  # of the weights file's bytes
 
 
@@ -38,6 +38,7 @@ def create_model(
     in_channels: int,
     weights: str,
     normalisation: Normalisation,
+    keep_head: bool = True,
     zero_init_residual: bool = False,
     image_size_px: int | None = None,
     seed: int,
@@ -55,6 +56,7 @@ def create_model(
         in_channels: 1 (grey) or 3 (RGB).
         weights: "imagenet", "random", or the path of a .pth or .safetensors file.
         normalisation: what the images will be normalised with, one value per input channel.
+        keep_head: take the file's head where it has one of that size; False: a new one in any case.
         zero_init_residual: start the last norm of each residual branch at 0, so that each block starts as the identity
             (random weights only, and backbones that have such norms).
         image_size_px: side of the images, None for the backbone's own; a network with learned positions is built for it,
@@ -94,7 +96,7 @@ def create_model(
         if zero_init_residual:
             remarks.append("residual branches start at zero")
     else:
-        label, remarks = file.label, load_weights(model, chosen, file, rgb, grey)
+        label, remarks = file.label, load_weights(model, chosen, file, rgb, grey, keep_head=keep_head)
     message = "; ".join([f"{chosen.name}: {label}", *remarks])
     return Created(model, chosen, message, label, None if file is None else file.sha256)
 

@@ -73,19 +73,33 @@ def find_weights(weights: str, spec: BackboneSpec) -> WeightsFile | None:
             f"model.weights: {path} is damaged: its sha256 starts with {sha256[:8]}, its name says "
             f"{sha256_start(path.name)}; download it again, or rename it if it is a file of your own"
         )
-    return WeightsFile(path, sha256, f"weights file {path.name}")
+    return WeightsFile(path, sha256, _label(path))
+
+
+def _label(path: Path) -> str:
+    """What to call a file that the user named, or a chain of trainings did."""
+    absolute = path.absolute()
+    if absolute.parents[1].name == "checkpoints" and absolute.parent.name.isdecimal():
+        return f"checkpoint {int(absolute.parent.name)} of run {absolute.parents[2].name}"
+    return f"weights file {path.name}"
 
 
 def load_weights(
-    model: nn.Module, spec: BackboneSpec, file: WeightsFile, rgb: Normalisation, grey: Normalisation
+    model: nn.Module,
+    spec: BackboneSpec,
+    file: WeightsFile,
+    rgb: Normalisation,
+    grey: Normalisation,
+    *,
+    keep_head: bool = True,
 ) -> list[str]:
     """Copy the file's tensors into ``model`` (the backbone with its head in place); returns remarks for the user.
 
     The file holds a state dict: plain, inside "state_dict", "model_state_dict" or "model", and with or without a
     prefix such as "module.". Its first convolution may be RGB or grey, whatever the model's is; ``rgb`` and ``grey``
-    are the normalisations that take one to the other. A head with another number of outputs, or none, leaves the
-    model's new head. Position embeddings of another input size are interpolated; an auxiliary head is left out. Every
-    other tensor has to be there with the model's shape, and no more.
+    are the normalisations that take one to the other. A head with another number of outputs, none, or
+    ``keep_head=False`` leaves the model's new head. Position embeddings of another input size are interpolated; an
+    auxiliary head is left out. Every other tensor has to be there with the model's shape, and no more.
 
     Raises:
         UserError: unreadable or unsafe file, missing, unknown or differently shaped tensors (the first few are named,
@@ -95,7 +109,7 @@ def load_weights(
     tensors = _without_prefix(read_tensors(file.path), expected)
     tensors, remarks = _present_names(tensors, spec)
     remarks += _fit_first_conv(tensors, expected, spec, rgb, grey)
-    remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec)
+    remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec, keep_head)
     for name, tensor in expected.items():  # not used here; missing in files of old PyTorch versions, float in others
         if name.endswith("num_batches_tracked"):
             tensors[name] = tensors.get(name, tensor).to(tensor.dtype)
@@ -223,7 +237,9 @@ def _fit_first_conv(
     return []
 
 
-def _fit_head(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], spec: BackboneSpec) -> list[str]:
+def _fit_head(
+    tensors: dict[str, Tensor], expected: Mapping[str, Tensor], spec: BackboneSpec, keep_head: bool
+) -> list[str]:
     """Keep a head just like the model's; drop any other one and fill in the model's new head."""
     new_head = {name: tensor for name, tensor in expected.items() if has_prefix(name, [spec.head])}
     file_head = {name: tensor for name, tensor in tensors.items() if has_prefix(name, [spec.head])}
@@ -232,7 +248,7 @@ def _fit_head(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], spec: 
         tensors.update(new_head)
         return [f"new head with {num_outputs} outputs (the file has none)"]
     shapes = {name: list(tensor.shape) for name, tensor in file_head.items()}
-    if shapes == {name: list(tensor.shape) for name, tensor in new_head.items()}:
+    if keep_head and shapes == {name: list(tensor.shape) for name, tensor in new_head.items()}:
         return [f"head with {num_outputs} outputs from the file"]
     for name in file_head:
         del tensors[name]

@@ -18,7 +18,7 @@ def record_opening(run_folder: Path, *, dataset_sha256: str, config_sha256: str)
         "run": run_folder.name,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with (run_folder.parent / LEDGER).open("a", encoding="utf-8") as file:
+    with _ledger_of(run_folder).open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(entry) + "\n")
     return count_openings(run_folder, dataset_sha256)
@@ -26,7 +26,7 @@ def record_opening(run_folder: Path, *, dataset_sha256: str, config_sha256: str)
 
 def count_openings(run_folder: Path, dataset_sha256: str) -> dict[str, int]:
     """``{"count", "configurations"}`` of a data set, over all runs beside this one. A line that can't be read counts too."""
-    path = run_folder.parent / LEDGER
+    path = _ledger_of(run_folder)
     entries: list[dict[str, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -36,3 +36,15 @@ def count_openings(run_folder: Path, dataset_sha256: str) -> dict[str, int]:
         if entry.get("dataset_sha256") == dataset_sha256:
             entries.append(entry)
     return {"count": len(entries), "configurations": len({entry.get("config_sha256") for entry in entries})}
+
+
+def _ledger_of(run_folder: Path) -> Path:
+    """Beside the run; beside the whole chain where the run is a part of one, so that all openings add up."""
+    whole = run_folder
+    if whole.parent.name == "stages":
+        whole = whole.parents[1]
+    elif whole.name == "alone" and whole.parents[1].name == "seeds":
+        whole = whole.parent
+    if whole.parent.name == "seeds":
+        whole = whole.parents[1]
+    return (whole if (whole / "config.yaml").is_file() else run_folder).parent / LEDGER

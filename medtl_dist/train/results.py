@@ -68,7 +68,7 @@ def write(session: Session, best: Mapping[str, Any], scored: Mapping[str, Predic
         "epochs_planned": config.train.epochs,
         "stopped_early": session.position.epoch < config.train.epochs,
         "model": {
-            "backbone": config.model.backbone,
+            "backbone": session.network.spec.name,
             "frozen_depth": session.network.frozen_depth,
             "parameters": counts.total,
             "trainable_parameters": counts.trainable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,4 +77,23 @@ def read_config(folder: Path) -> Config:
     """The config of a run folder. Raises UserError where it is none."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
-    return load_config(file=folder / "config.yaml")
+    config = load_config(file=folder / "config.yaml")
+    if config.transfer.stages:
+        parts = ", ".join(str(part.relative_to(folder)) for part in parts_of(folder)) or "none yet"
+        raise UserError(f"{folder} holds a chain of trainings; name one of them: {parts}.")
+    return config
+
+
+def chain_finished(folder: Path) -> bool:
+    """Whether the folder's chain, if it holds one, has trained its last stage, or has been compared with its target alone."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return bool(json.loads((folder / "chain.json").read_text(encoding="utf-8"))["finished"])
+    return (folder / "compare.json").is_file()
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The run folders of a chain's trainings, in their order; [] in the folder of a single training."""
+    found = [*folder.glob("stages/*"), *folder.glob("seeds/*/stages/*"), *folder.glob("seeds/*/alone")]
+    return sorted(
+        (part for part in found if (part / "config.yaml").is_file()), key=lambda p: (p.name == "alone", str(p))
+    )

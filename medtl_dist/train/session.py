@@ -22,7 +22,7 @@ from medtl_dist.data.shards import Dataset
 from medtl_dist.data.strata import Strata, strata_of
 from medtl_dist.data.stream import Batch, run_length_of, train_batches
 from medtl_dist.errors import MedtlError, UserError
-from medtl_dist.models.registry import spec
+from medtl_dist.models.join import spec_of
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint, losses, mixing, optim
 from medtl_dist.train.ema import Ema, ema_of
@@ -93,7 +93,7 @@ def start(config: Config, run: Run) -> Session:
     strata = agreed(lambda: sampling_of(config, dataset))
     plan = agreed(lambda: plan_of(config, dataset, strata=strata))
     own_batch = agreed(lambda: own_batch_of(plan, run))
-    agreed(lambda: check_unfreezing(config, spec(config.model.backbone)))
+    agreed(lambda: check_unfreezing(config, spec_of(config.model)))
     warnings: list[str] = []
     step = collectives.from_rank_0(
         agreed(lambda: checkpoint.latest(run.folder, warnings.append) if run.rank == 0 else None)
@@ -107,7 +107,7 @@ def start(config: Config, run: Run) -> Session:
         device=run.device,
         rank=run.rank,
         load_weights=saved is None,
-        frozen_depth=depth_at(config, spec(config.model.backbone), saved[2]["epoch"] if saved is not None else 0),
+        frozen_depth=depth_at(config, spec_of(config.model), saved[2]["epoch"] if saved is not None else 0),
     )
     least_frozen = depth_at(config, network.spec, config.train.epochs)
     agreed(lambda: check_batch_norm(config, own_batch, all_frozen=least_frozen == network.spec.num_stages))
@@ -167,7 +167,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     dataset = open_shards(config)
     if open_test and not dataset.shards("test"):
         raise UserError(f"{dataset.folder} has no test images, so there is nothing to open with --test.")
-    check_unfreezing(config, spec(config.model.backbone))
+    check_unfreezing(config, spec_of(config.model))
     check_augmentation(config, dataset)
     check_label_sets(config, dataset)
     _class_weights(config, dataset, torch.device("cpu"))

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import nn
 
 from medtl_dist import collectives
-from medtl_dist.config import Config
+from medtl_dist.config import Config, Model
 from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
 from medtl_dist.errors import MedtlError, UserError
-from medtl_dist.models.backbones import create_model
 from medtl_dist.models.folding import fold_frozen
 from medtl_dist.models.freezing import freeze, resolve_depth
+from medtl_dist.models.join import create_network_of, spec_of
 from medtl_dist.models.normalise import Normalisation
-from medtl_dist.models.registry import BackboneSpec, native_normalisation, spec
+from medtl_dist.models.registry import BackboneSpec, native_normalisation
 from medtl_dist.storage import StorageOptions
 from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer
@@ -99,7 +99,7 @@ def create_network(
     ``frozen_depth``: None for the config's, that of epoch 0.
     Raises UserError on every rank where the weights can't be had or don't fit.
     """
-    backbone = spec(config.model.backbone)
+    backbone = spec_of(config.model)
     depth = resolve_depth(backbone, config.model.frozen_depth if frozen_depth is None else frozen_depth)
     if config.data.normalisation == "half":
         normalisation = Normalisation((0.5,) * dataset.channels, (0.5,) * dataset.channels)
@@ -108,13 +108,11 @@ def create_network(
     created = None
     failure: MedtlError | None = None
     try:
-        created = create_model(
-            config.model.backbone,
+        created = create_network_of(
+            config.model if rank == 0 and load_weights else _without_weights(config.model),
             num_outputs=len(dataset.classes),
             in_channels=dataset.channels,
-            weights=config.model.weights if rank == 0 and load_weights else "random",
             normalisation=normalisation,
-            zero_init_residual=config.model.zero_init_residual,
             image_size_px=config.data.image_size_px,
             seed=config.train.seed,
         )
@@ -143,6 +141,10 @@ def create_network(
         weights=weights,
         weights_sha256=digest,
     )
+
+
+def _without_weights(model: Model) -> Model:
+    return model.model_copy(update={"weights": "random", "second_weights": "random"})
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:

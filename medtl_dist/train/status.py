@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medtl_dist.errors import UserError
+from medtl_dist.train.run_folder import chain_finished, parts_of
 
 _FACTS = (
     "epoch",
@@ -28,7 +29,8 @@ def status_of(run_folder: Path) -> dict[str, Any]:
     """Where the run stands, as plain values.
 
     ``state``: finished (its results are there), running (a process holds the folder's lock), or stopped (``medtl train
-    --resume`` goes on). ``progress``: the last known step, null where there is none. ``epochs``: the finished ones, as logged;
+    --resume`` goes on). ``parts``: the same of each training of a chain.
+    ``progress``: the last known step, null where there is none. ``epochs``: the finished ones, as logged;
     one that was run again after a lost process counts once, the last time. ``notes``: the last five.
 
     Raises UserError where the folder holds no run.
@@ -42,11 +44,12 @@ def status_of(run_folder: Path) -> dict[str, Any]:
         row = json.loads((run_folder / "progress.json").read_text(encoding="utf-8"))
         progress = {name: row.get(name) for name in _FACTS}
     held = _held(run_folder / ".lock")
-    finished = (run_folder / "results.json").is_file()
+    finished = (run_folder / "results.json").is_file() or chain_finished(run_folder)
     return {
         "run": run_folder.name,
         "state": "running" if held else "finished" if finished else "stopped",
         "seconds_since_news": _age_s(run_folder),
+        "parts": [status_of(part) for part in parts_of(run_folder)],
         "progress": progress,
         "epochs": [epochs[number] for number in sorted(epochs)],
         "checkpoints": sorted(int(p.name) for p in (run_folder / "checkpoints").glob("*") if p.name.isdigit()),

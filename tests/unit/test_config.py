@@ -150,6 +150,11 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         "evaluate.aggregate": "max",
         "data.normalisation": "half",
         "data.eval_view": "squash",
+        "transfer.seeds": [3],
+        "model.join": "serial",
+        "model.second_backbone": "resnet34",
+        "model.second_weights": "random",
+        "transfer.stages": [{"name": "a"}, {"name": "b", "model": {"weights": "imagenet"}}],
     }
     for dotted in sorted(flat):
         section, key = dotted.split(".")
@@ -161,7 +166,14 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             continue
         if dotted == "model.zero_init_residual":
             assert base.model.weights == "random"
-        needed = ["data.sampling=class"] if dotted == "data.sampling_weights" else []
+        chain = "transfer.stages=[{name: a}, {name: b, model: {weights: imagenet}}]"
+        needed = {
+            "data.sampling_weights": ["data.sampling=class"],
+            "transfer.compare": [chain],
+            "model.join": ["model.join=concat", "model.second_backbone=resnet18"],
+            "model.second_backbone": ["model.join=concat", "model.second_backbone=resnet18"],
+            "transfer.seeds": [chain, "transfer.compare=true"],
+        }.get(dotted, [])
         before = load_config(preset="smoke", overrides=needed)
         given = f"{dotted}={yaml.safe_dump(new, default_flow_style=True).splitlines()[0]}"
         changed = load_config(preset="smoke", overrides=[*needed, given])
