@@ -126,9 +126,12 @@ def _item(item: dict[str, Any]) -> str:
 def _changes(fix: str, changes: dict[str, Any]) -> list[str]:
     moved = ", ".join(f"{move['samples']:,} from {move['from']} to {move['to']}" for move in changes["moved"])
     joined = f"{changes['joined_groups']:,} groups joined into {changes['into_groups']:,}"
+    private = f"{fix}.private"
     return [
         f"{fix}: {joined}; images moved: {moved or 'none'}",
-        f"{fix}.private names files and patients: keep it apart from the set, and do not share it",
+        f"{private} names files and patients: keep it apart from the set, and do not share it"
+        if Path(private).is_dir()
+        else f"no {private}: there was none beside the audited set, whose own still leads from keys to files",
     ]
 
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from medtl_dist.errors import LeakageError
 # Agreement of two aligned records from which a pair is registered: 99 of 100 crops of 2 to 10 % lie above 0.90.
 LEAST_AGREEMENT = 0.82
 _MAX_COMPARED = 20_000
+# Of a set of identical images: its pairs grow with the square of them.
+_MOST_REPRESENTATIVES = 64
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ def audit(
     report = progress or (lambda stage, done, total: None)
     with open_pool(dataset, num_workers or _num_cores()) as pool:
         seen = scan(dataset, pool, report)
-        identical = _identical(seen)
-        near, threshold = _near(seen, identical, pool, report)
-    matches = [*identical, *near]
+        sets = _identical_sets(seen)
+        near, threshold = _near(seen, sets, pool, report)
+    matches = [*_identical(seen, sets), *_with_copies(seen, near, sets)]
     findings = describe(seen, matches, accepted or {})
     findings += outliers(seen)
     predictable, tried = shortcuts(seen)
@@ -85,23 +88,49 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _identical(seen: Scan) -> list[Match]:
-    """Images of equal pixels, each with the first of its kind."""
+def _identical_sets(seen: Scan) -> list[list[int]]:
+    """Images of equal pixels, rising; sets of two or more."""
     pixels = seen.records["pixels"]
     order = np.lexsort((np.arange(len(seen)), pixels[:, 1], pixels[:, 0]))
-    same = np.zeros(len(seen), bool)
-    same[1:] = (pixels[order][1:] == pixels[order][:-1]).all(axis=1)
-    first = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(seen))))]
-    return [
-        Match(int(a), int(b), "confirmed", 1.0, "identical pixels")
-        for a, b in sorted(zip(first[same].tolist(), order[same].tolist(), strict=True))
-    ]
+    begins = np.ones(len(seen), bool)
+    begins[1:] = (pixels[order][1:] != pixels[order][:-1]).any(axis=1)
+    sets = np.split(order, np.flatnonzero(begins)[1:])
+    return sorted(found.tolist() for found in sets if len(found) > 1)
 
 
-def _near(seen: Scan, identical: list[Match], pool: Pool, report: Progress) -> tuple[list[Match], Threshold]:
+def _identical(seen: Scan, sets: list[list[int]]) -> list[Match]:
+    """Every image of a set with its first, and every two that stand for another group or split: a leak between the second
+    and the third must not hide behind those with the first."""
+    pairs: set[tuple[int, int]] = set()
+    for images in sets:
+        pairs |= {(images[0], other) for other in images[1:]}
+        pairs |= set(combinations(_representatives(seen, images), 2))
+    return [Match(a, b, "confirmed", 1.0, "identical pixels") for a, b in sorted(pairs)]
+
+
+def _representatives(seen: Scan, images: list[int]) -> list[int]:
+    """The first image of each group in each split, rising; of the first so many."""
+    firsts: dict[tuple[int, int], int] = {}
+    for image in images:
+        firsts.setdefault((int(seen.group[image]), int(seen.split[image])), image)
+    return sorted(firsts.values())[:_MOST_REPRESENTATIVES]
+
+
+def _with_copies(seen: Scan, near: list[Match], sets: list[list[int]]) -> list[Match]:
+    """The near-duplicates, and the same between the identical copies of either image."""
+    copies = {images[0]: _representatives(seen, images) for images in sets}
+    wider = []
+    for match in near:
+        for first in {match.first, *copies.get(match.first, ())}:
+            for second in {match.second, *copies.get(match.second, ())}:
+                wider.append(match._replace(first=first, second=second))
+    return sorted(wider, key=lambda match: (match.first, match.second))
+
+
+def _near(seen: Scan, identical: list[list[int]], pool: Pool, report: Progress) -> tuple[list[Match], Threshold]:
     """Near-duplicates among images that differ, and the threshold that tells them."""
     different = ~is_blank(seen.records)
-    different[[match.second for match in identical]] = False
+    different[[copy for images in identical for copy in images[1:]]] = False
     places = np.flatnonzero(different)
     if len(places) < 2:
         return [], fit_threshold(np.zeros(0), 0)

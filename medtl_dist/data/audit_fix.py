@@ -65,15 +65,19 @@ def fix(
         raise UserError(f"{seen.dataset.folder} has several labels an image, which --fix cannot write: mend its source")
     plan = plan_fix(seen, found.matches, accepted or {})
     report = progress or (lambda stage, done, total: None)
+    private = _linkage_of(seen.dataset)
+    if private is not None:
+        _refuse_other_key(private, private_folder(dest))
     try:
         with work_folder(dest) as work:
             check_destination(dest)
             folder = work / "set"
             info = _write(seen, plan, folder, lambda done: report("writing", done, len(seen)))
-            _copy_private(seen, plan, dest)
             write_dataset_file(folder, info)
             again = audit(open_dataset(folder), accepted=accepted, num_workers=num_workers, progress=report)
             write_dataset_file(folder, info | {"audit": again.summary})
+            if private is not None:
+                _copy_private(seen, plan, private, private_folder(dest))
             os.rename(folder, dest)
             sync_folder(dest.parent)
     except OSError as error:
@@ -193,11 +197,22 @@ def _counts(seen: Scan, plan: Plan, table: pa.Table, images: list[int]) -> dict[
     }
 
 
-def _copy_private(seen: Scan, plan: Plan, dest: Path) -> None:
-    """Key and linkage of the new set, where the old set has them: splits and groups as they are now."""
-    source, folder = private_folder(Path(seen.dataset.folder)), private_folder(dest)
-    if not (source / LINKAGE_FILE).is_file():
-        return
+def _linkage_of(dataset: Dataset) -> Path | None:
+    """The private folder beside a set, where it has one."""
+    folder = private_folder(Path(dataset.folder))
+    return folder if (folder / LINKAGE_FILE).is_file() else None
+
+
+def _refuse_other_key(source: Path, folder: Path) -> None:
+    """Raises: UserError, the new set's private folder holds another key: without it the set it made could never be made
+    again."""
+    key = folder / KEY_FILE
+    if key.is_file() and not ((source / KEY_FILE).is_file() and (source / KEY_FILE).read_bytes() == key.read_bytes()):
+        raise UserError(f"{folder} holds another key already: name another set with --fix, or move that folder away")
+
+
+def _copy_private(seen: Scan, plan: Plan, source: Path, folder: Path) -> None:
+    """Key and linkage of the new set: splits and groups as they are now."""
     linkage = pq.read_table(source / LINKAGE_FILE)
     place = {seen.key(image): image for image in range(len(seen))}
     images = [place.get(key) for key in linkage.column("key").to_pylist()]

@@ -47,8 +47,8 @@ def _footer_faults(dataset: Dataset, file: Readable, length: int) -> Iterator[Fa
         yield Fault("index", DATASET_FILE, f"tells other places of the row groups than {INDEX_FILE} has")
     if spans.row_groups:
         parts = (_read(file, *span) for span in (spans.before, spans.row_groups[0], spans.after))
-        schema = footer_of_one(*parts).schema
-        if schema.names[: len(INDEX_FIELDS)] != [field.name for field in INDEX_FIELDS]:
+        names = footer_of_one(*parts).schema.to_arrow_schema().names
+        if names[: len(INDEX_FIELDS)] != [field.name for field in INDEX_FIELDS]:
             yield Fault("index", INDEX_FILE, "has other columns than the format's")
 
 

@@ -288,15 +288,14 @@ def _check_shards(info: dict[str, Any]) -> None:
             if not isinstance(shard["sha256"], str):
                 raise ValueError(f"{shard['name']} has no checksum")
             for counted in ("classes", "domains"):
-                if not _are_counts(shard.get(counted, {})):
+                if not are_counts(shard.get(counted, {})):
                     raise ValueError(f"{shard['name']} has no counts of its {counted}")
-        if not _are_counts(entry.get("domains", {})):
-            raise ValueError(f"split {split} has no counts of its domains")
         if sum(shard["samples"] for shard in entry["shards"]) != entry["samples"]:
             raise ValueError(f"split {split}: shards do not add up to its samples")
 
 
-def _are_counts(value: Any) -> bool:
+def are_counts(value: Any) -> bool:
+    """Whether a value of ``dataset.json`` is a mapping to whole numbers from 0 on."""
     return isinstance(value, dict) and all(type(count) is int and 0 <= count < 2**53 for count in value.values())
 
 

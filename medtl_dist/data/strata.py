@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from medtl_dist.data.plan import Weighting, weigh
-from medtl_dist.data.shards import Dataset, read_shard_rows
+from medtl_dist.data.shards import Dataset, are_counts, read_shard_rows
 from medtl_dist.errors import DataError, UserError
 
 UNNAMED = ""  # the domain of samples without one
@@ -86,6 +86,8 @@ def _names(dataset: Dataset, split: str, by: str) -> tuple[str, ...]:
     if by == "class":
         return dataset.classes
     entry = dataset.info["splits"][split]
+    if not are_counts(entry.get("domains", {})):
+        raise DataError(f"{dataset.folder}: split {split} has no counts of its domains: copy the set or pack it again")
     named = sorted(entry.get("domains", {}))
     some_unnamed = sum(entry.get("domains", {}).values()) < entry["samples"]
     return (*([UNNAMED] if some_unnamed else []), *named)

@@ -265,14 +265,16 @@ def _stored(preprocessing: dict[str, Any]) -> str:
         f"short side {size}\u00a0px" if size else "their own size" if preprocessing else "",
         str(preprocessing.get("color") or ""),
         str(preprocessing.get("encoding") or ""),
-        f"window {_window(window)}" if window else "",
+        f"window {_window(window)}" if isinstance(window, dict) else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
 def _window(window: dict[str, Any]) -> str:
     """The grey window of DICOM images: its policy, or the fixed range."""
-    return f"{window['low']:g} to {window['high']:g}" if window["policy"] == "fixed" else str(window["policy"])
+    low, high = window.get("low"), window.get("high")
+    fixed = isinstance(low, int | float) and isinstance(high, int | float)
+    return f"{low:g} to {high:g}" if fixed else str(window.get("policy"))
 
 
 def provenance_facts(results: Results) -> Iterator[tuple[str, str, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -296,3 +297,45 @@ def test_packing_tells_the_progress_of_its_audit_too(tmp_path: Path) -> None:
     pack(table, tmp_path / "set", PackOptions(columns=columns, num_workers=1), lambda *counts: told.append(counts))
     assert told.count((12, 12)) >= 2  # images written, images read again
     assert (NUM_VARIANTS, NUM_VARIANTS) in told
+
+
+def test_of_three_identical_images_the_leak_between_the_second_and_the_third_is_seen_too(tmp_path: Path) -> None:
+    one = texture(500)
+    entries = [*base(40), *(Entry(one, f"Trio-{split}", split) for split in ("train", "val", "test"))]
+    dataset = pack_entries(tmp_path, entries)
+    names = patients(dataset)
+    key_of = {name: key for key, name in names.items()}
+    leak = finding(audit(dataset), "duplicates_across_splits")
+    assert leak is not None
+    pairs = {frozenset(names[key] for key in item["keys"]) for item in leak.items}
+    trio = ["Trio-train", "Trio-val", "Trio-test"]
+    assert pairs == {frozenset(pair) for pair in combinations(trio, 2)}
+    # Two of the three pairs are accepted: the third still leaks.
+    accepted = {frozenset((key_of[trio[0]], key_of[other])): "seen" for other in trio[1:]}
+    again = audit(dataset, accepted=accepted)
+    assert again.leaks == 1
+    mended, after = fix(again, tmp_path / "mended", accepted=accepted)
+    assert after.leaks == 0
+    assert mended.folder == str(tmp_path / "mended")
+
+
+def test_a_near_copy_of_an_image_that_occurs_twice_leaks_to_both(tmp_path: Path) -> None:
+    one = texture(501)
+    recoded = cv2.imdecode(cv2.imencode(".jpg", one, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_GRAYSCALE)
+    entries = [*base(60), Entry(one, "A", "train"), Entry(one, "B", "val"), Entry(np.asarray(recoded), "C", "test")]
+    dataset = pack_entries(tmp_path, entries)
+    names = patients(dataset)
+    leak = finding(audit(dataset), "duplicates_across_splits")
+    assert leak is not None
+    found_pairs = {frozenset(names[key] for key in item["keys"]) for item in leak.items}
+    assert found_pairs == {frozenset(pair) for pair in combinations("ABC", 2)}
+
+
+def test_fix_does_not_write_over_the_key_of_another_set(leaking: Dataset, found: Audit, tmp_path: Path) -> None:
+    private = tmp_path / "mended.private"
+    private.mkdir()
+    (private / "key").write_text("00" * 32)
+    with pytest.raises(UserError, match=r"mended\.private holds another key already: name another set with --fix"):
+        fix(found, tmp_path / "mended")
+    assert (private / "key").read_text() == "00" * 32
+    assert not (tmp_path / "mended").exists()

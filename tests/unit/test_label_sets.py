@@ -133,7 +133,8 @@ def test_verify_finds_nothing_then_a_changed_label_and_count(folder: Path, tmp_p
         os.link(path, tmp_path / path.name)
     (tmp_path / "dataset.json").unlink()
     info["splits"]["train"]["unknown"]["Mass"] += 1
-    info["splits"]["train"]["shards"][0]["negatives"]["Mass"] += 1
+    negatives = info["splits"]["train"]["shards"][0]["negatives"]
+    negatives["Mass"] = negatives.get("Mass", 0) + 1
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     told = [fault.what for fault in verify(tmp_path).faults]
     name = info["splits"]["train"]["shards"][0]["name"]

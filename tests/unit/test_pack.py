@@ -373,7 +373,7 @@ def test_medmnist_is_stored_without_loss_and_without_patients(tmp_path: Path) ->
 def test_progress_counts_every_image(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     pack(write_folder(tmp_path / "in", 10), tmp_path / "set", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 10) for done in range(1, 11)]
+    assert seen[:10] == [(done, 10) for done in range(1, 11)]  # then comes the audit
 
 
 def test_the_opened_set_is_the_packed_one(tmp_path: Path) -> None:
