@@ -24,7 +24,7 @@ def outliers(seen: Scan) -> list[Finding]:
     """Findings about single images and about the set as a whole; none of them is leakage."""
     blank = is_blank(seen.records)
     found = [
-        _images(seen, "blank_images", "warning", np.flatnonzero(blank), "show nothing"),
+        _images(seen, "blank_images", "warning", np.flatnonzero(blank), "blank"),
         *_against_the_set(seen, ~blank),
         _intensity(seen, ~blank),
         *_single_class_splits(seen),
@@ -43,7 +43,7 @@ def _images(
         {"key": seen.key(place), "split": seen.dataset.splits[seen.split[place]], **(facts or {}).get(place, {})}
         for place in places.tolist()
     ]
-    return Finding(kind, level, len(places), f"{len(places):,} image{'s' if len(places) > 1 else ''} {text}", items)
+    return Finding(kind, level, len(places), f"{len(places):,} image{'s' if len(places) > 1 else ''}: {text}", items)
 
 
 def _against_the_set(seen: Scan, shown: NDArray[np.bool_]) -> list[Finding | None]:
@@ -67,9 +67,9 @@ def _against_the_set(seen: Scan, shown: NDArray[np.bool_]) -> list[Finding | Non
     return [
         _images(
             seen, "opposite_polarity", "warning", negative,
-            "look like the negative of the others: is MONOCHROME1 or an inversion mislabelled?",
+            "like the negative of the others; is MONOCHROME1 or an inversion mislabelled?",
         ),
-        _images(seen, "turned_images", "warning", places[turned], "look turned, compared with the others", facts),
+        _images(seen, "turned_images", "warning", places[turned], "turned, compared with the others", facts),
     ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _intensity(seen: Scan, shown: NDArray[np.bool_]) -> Finding | None:
     means, stds = stat(seen.records, "mean"), stat(seen.records, "std")
     places = np.flatnonzero(far & shown)
     facts = {int(place): {"mean": int(means[place]), "std": int(stds[place])} for place in places}
-    return _images(seen, "unusual_intensity", "note", places, "are far brighter, darker or flatter than the set", facts)
+    return _images(seen, "unusual_intensity", "note", places, "far brighter, darker or flatter than the set", facts)
 
 
 def _single_class_splits(seen: Scan) -> list[Finding]:
@@ -102,7 +102,7 @@ def _mixed_colour(seen: Scan) -> Finding | None:
         return None
     minority = np.flatnonzero(grey if grey.sum() * 2 <= len(grey) else ~grey)
     which = "grey" if grey.sum() * 2 <= len(grey) else "in colour"
-    return _images(seen, "mixed_colour", "note", minority, f"are {which}, unlike the others")
+    return _images(seen, "mixed_colour", "note", minority, f"{which}, unlike the others")
 
 
 def _window(seen: Scan) -> Finding | None:
