@@ -10,13 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from medtl_dist.config import Model
 from medtl_dist.errors import UserError
 from medtl_dist.models.backbones import Created, check_image_size, create_model
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, has_prefix, native_normalisation, spec
 from medtl_dist.models.split import _outline
 from medtl_dist.models.weights import find_weights, read_tensors
+from medtl_dist.sections import Model
 
 _SECOND_STREAM = 1 << 33  # the second network's random numbers are not the first's, even where both are alike
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medtl_dist.config import Train
 from medtl_dist.data.label_sets import UNKNOWN
 from medtl_dist.errors import UserError
+from medtl_dist.sections import Train
 
 
 def loss_sum(logits: Tensor, targets: Tensor, config: Train, class_weights: Tensor | None) -> Tensor:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
-from medtl_dist.config import Augment
 from medtl_dist.data.stream import Batch
 from medtl_dist.data.transforms import MIXING, draws_of
+from medtl_dist.sections import Augment
 
 _WHOLE = 2**16  # shares are whole parts of it, so that mixing is integer arithmetic, exact on every device
 

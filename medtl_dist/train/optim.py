@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medtl_dist.config import Optim, Schedule
 from medtl_dist.models.registry import BackboneSpec, has_prefix
+from medtl_dist.sections import Optim, Schedule
 
 
 def lr_factor(schedule: Schedule, *, step: int, steps_per_epoch: int, epochs: int) -> float:

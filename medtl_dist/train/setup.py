@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from medtl_dist import collectives
-from medtl_dist.config import Config, Model
+from medtl_dist.config import Config
 from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
@@ -21,6 +21,7 @@ from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.join import create_network_of, spec_of
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, native_normalisation
+from medtl_dist.sections import Model
 from medtl_dist.storage import StorageOptions
 from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer

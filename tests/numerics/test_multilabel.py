@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 from tiny_backbone import tiny_registered
 from torchvision.ops import sigmoid_focal_loss
 
-from medtl_dist.config import Config, Train, load_config
+from medtl_dist.config import Config, load_config
 from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.shards import open_dataset, read_split
 from medtl_dist.data.sources import Columns
@@ -29,6 +29,7 @@ from medtl_dist.metrics.multilabel import fix_thresholds, summarise_label_sets
 from medtl_dist.metrics.operating import choose_threshold
 from medtl_dist.report.build import build_report
 from medtl_dist.run import Folder, LocalRun, Signal
+from medtl_dist.sections import Train
 from medtl_dist.train.evaluate import binary_cross_entropy
 from medtl_dist.train.loop import fit
 from medtl_dist.train.losses import loss_sum, loss_weight, positive_weights_of

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medtl_dist.config import AUGMENT_SETS, load_config
+from medtl_dist.config import load_config
 from medtl_dist.data.augment import restain, right_angle
 from medtl_dist.data.transforms import TrainTransform, augment_draws
+from medtl_dist.sections import AUGMENT_SETS
 
 _H, _E = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])  # Ruifrok and Johnston 2001, table of stains
 _H, _E = _H / np.linalg.norm(_H), _E / np.linalg.norm(_E)

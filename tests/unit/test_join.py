@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from tiny_backbone import tiny_registered
 from torch import Tensor
 
-from medtl_dist.config import Model
 from medtl_dist.errors import UserError
 from medtl_dist.models.backbones import Created, create_model
 from medtl_dist.models.freezing import freeze
 from medtl_dist.models.join import create_network_of, spec_of
 from medtl_dist.models.registry import has_prefix, native_normalisation, spec
+from medtl_dist.sections import Model
 from medtl_dist.train.ema import ema_of
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.ops import sigmoid_focal_loss
 
-from medtl_dist.config import Train
 from medtl_dist.errors import UserError
+from medtl_dist.sections import Train
 from medtl_dist.train.losses import balanced_class_weights, class_weights_of, loss_sum, loss_weight
 
 

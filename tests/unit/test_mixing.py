@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_sets import write_set
 
-from medtl_dist.config import Augment
 from medtl_dist.data.shards import open_dataset
 from medtl_dist.data.stream import Batch, train_batches
 from medtl_dist.data.transforms import MIXING, TrainTransform, augment_draws, draws_of
+from medtl_dist.sections import Augment
 from medtl_dist.train.mixing import mix, mixed
 
 _BOTH = Augment(mixup_alpha=0.4, cutmix_alpha=1.0)

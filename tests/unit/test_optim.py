@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medtl_dist.config import Optim, Schedule
 from medtl_dist.models.freezing import freeze
 from medtl_dist.models.registry import spec
+from medtl_dist.sections import Optim, Schedule
 from medtl_dist.train.optim import (
     create_optimizer,
     lr_factor,
