@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from medtl_dist.cli import data_options as options
+from medtl_dist.cli.progress import stages_bar
 
 if TYPE_CHECKING:
     from medtl_dist.data.audit import Audit
@@ -18,9 +18,7 @@ _SHOWN = 10
 
 
 def audit(
-    dest: Annotated[
-        str, typer.Argument(metavar="DEST", help="Folder or address (s3://, gs://, https://) of a shard set.")
-    ],
+    dest: options.Place,
     accept: Annotated[
         Path | None,
         typer.Option(
@@ -32,7 +30,7 @@ def audit(
         str | None,
         typer.Option(metavar="NEWDEST", help="Write a set without the leaks: duplicates joined, groups in one split."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
+    workers: options.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
 ) -> None:
     """Search a shard set for leakage between splits, duplicates, odd images and shortcuts.
@@ -67,7 +65,7 @@ def audit(
         raise UserError(f"--fix {fix}: a folder expected; write the set there, then upload it")
     dataset = open_dataset(dest)
     accepted = read_accepted(accept, dataset) if accept else {}
-    with auditing_bar() as progress:
+    with stages_bar() as progress:
         found = run_audit(dataset, accepted=accepted, num_workers=workers, progress=progress)
         if fix is not None:
             mended, after = run_fix(found, fix, accepted=accepted, num_workers=workers, progress=progress)
@@ -133,18 +131,3 @@ def _changes(fix: str, changes: dict[str, Any]) -> list[str]:
         if Path(private).is_dir()
         else f"no {private}: there was none beside the audited set, whose own still leads from keys to files",
     ]
-
-
-@contextmanager
-def auditing_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on a terminal: stage, done, total."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("auditing", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
+from medtl_dist.cli import data_options as options
 from medtl_dist.cli import dicom_options as dicom
+from medtl_dist.cli.progress import one_bar
 
 if TYPE_CHECKING:
     from medtl_dist.data.shards import Dataset
@@ -24,105 +22,29 @@ app = typer.Typer(
 
 @app.command()
 def pack(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", help="Folder of images, DICOM tree, CSV/Parquet table, or MedMNIST .npz."),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="DEST", help="New folder of the set, or s3:// or gs:// address; must not exist, or be empty."
-        ),
-    ],
-    source_format: Annotated[
-        str, typer.Option("--format", metavar="auto|folder|table|medmnist|dicom", help="What SOURCE is.")
-    ] = "auto",
-    image_col: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of image files [default: file, image, path …].")
-    ] = None,
-    label_col: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Column of classes [default: label, class, target]; repeated: a column per class, see --label-cols.",
-        ),
-    ] = None,
-    label_cols: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,…",
-            help="Several labels an image: a column per class, of 1 or true, 0 or false, empty or -1 for unknown.",
-        ),
-    ] = None,
-    label_sep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="Several labels an image: what separates the classes that a cell names, as |"
-        ),
-    ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --label-sep: what a cell says for none of the classes (No Finding)."),
-    ] = None,
-    group_col: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Column of patients, who stay on one side of a split; A+B: one id of two columns; "
-            "repeated: rows that share any of them stay together.",
-        ),
-    ] = None,
-    split_col: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of train | val | test; kept and completed.")
-    ] = None,
-    domain_col: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of domains (hospital, scanner).")
-    ] = None,
-    keep_col: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="Column to carry into the set as it is (age, sex, view); repeatable."),
-    ] = None,
-    image_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder that a table's files are relative to [default: the table's; DICOM: SOURCE]."
-        ),
-    ] = None,
-    positive: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="Positive one of two classes [default: last in sorted order].")
-    ] = None,
-    split: Annotated[
-        str, typer.Option(metavar="TRAIN,VAL,TEST", help="Shares, where splits are not given.")
-    ] = "0.7,0.15,0.15",
-    image_size: Annotated[
-        int | None,
-        typer.Option(metavar="PX", help="Short side to store, aspect kept, never enlarged [default: native size]."),
-    ] = None,
-    color: Annotated[
-        str, typer.Option(metavar="keep|grey|rgb", help="keep: grey if every image is grey, else RGB.")
-    ] = "keep",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the splits and of the order.")] = 0,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out and count bad images instead of stopping at the first.")
-    ] = False,
-    key_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Key of the hashes, 64 hex digits [default: one in DEST.private]."),
-    ] = None,
-    private: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Local folder of key and linkage [default: DEST.private; of an address: ./NAME.private].",
-        ),
-    ] = None,
-    staging: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where a set for an address is packed before it is put there [default: .]."
-        ),
-    ] = None,
+    source: options.Source,
+    out: options.Out,
+    source_format: options.Format = "auto",
+    image_col: options.ImageCol = None,
+    label_col: options.LabelCol = None,
+    label_cols: options.LabelCols = None,
+    label_sep: options.LabelSep = None,
+    negative: options.Negative = None,
+    group_col: options.GroupCol = None,
+    split_col: options.SplitCol = None,
+    domain_col: options.DomainCol = None,
+    keep_col: options.KeepCol = None,
+    image_root: options.ImageRoot = None,
+    positive: options.Positive = None,
+    split: options.Shares = "0.7,0.15,0.15",
+    image_size: options.ImageSize = None,
+    color: options.Color = "keep",
+    seed: options.Seed = 0,
+    workers: options.Workers = None,
+    skip_bad: options.SkipBad = False,
+    key_file: options.KeyFile = None,
+    private: options.Private = None,
+    staging: options.Staging = None,
     table: dicom.Table = None,
     join_on: dicom.JoinOn = None,
     label_tag: dicom.LabelTag = None,
@@ -133,7 +55,7 @@ def pack(
     window: dicom.WindowPolicy = "percentile",
     frames: dicom.Frames = "single",
     allow: dicom.Allow = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Pack images into a shard set: tars, index and dataset.json in DEST; key and linkage in DEST.private.
 
@@ -160,7 +82,7 @@ def pack(
     columns_of_labels = tuple(label_cols.split(",")) if label_cols else ()
     if label_col and (label_cols or len(label_col) > 1):
         columns_of_labels = (*label_col, *columns_of_labels)
-    options = PackOptions(
+    chosen = PackOptions(
         format=source_format,
         columns=Columns(
             image=image_col,
@@ -196,22 +118,20 @@ def pack(
         private=private,
         staging=staging,
     )
-    with packing_bar() as progress:
-        dataset = run_pack(source, out, options, progress)
+    with one_bar("packing") as progress:
+        dataset = run_pack(source, out, chosen, progress)
     _print(dataset, as_json)
     if not as_json:
         typer.echo(
-            f"{private_of(out, options)} names files and patients: keep it apart from the set, and do not share it"
+            f"{private_of(out, chosen)} names files and patients: keep it apart from the set, and do not share it"
         )
     refuse_leaks(dataset, dataset.info["audit"])
 
 
 @app.command()
 def info(
-    dest: Annotated[
-        str, typer.Argument(metavar="DEST", help="Folder of a shard set, or s3://, gs:// or https:// address.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
+    dest: options.Place,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say what a shard set holds: images, patients and classes per split, and what was left out.
 
@@ -221,20 +141,6 @@ def info(
     from medtl_dist.data.shards import open_dataset
 
     _print(open_dataset(dest), as_json)
-
-
-@contextmanager
-def packing_bar(doing: str = "packing") -> Iterator[Callable[[int, int], None] | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(dataset: Dataset, as_json: bool) -> None:

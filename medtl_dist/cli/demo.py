@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from medtl_dist.cli.data import packing_bar, summary
+from medtl_dist.cli.data import summary
+from medtl_dist.cli.progress import one_bar
 from medtl_dist.cli.train import run_train
 from medtl_dist.config import load_config
 
@@ -46,7 +47,7 @@ def demo(
         columns = Columns(group=("patient_id",), domain="domain", keep=("view",))
     else:
         source, columns = data, Columns()
-    with packing_bar() as progress:
+    with one_bar("packing") as progress:
         dataset = pack(source, place / "shards", PackOptions(columns=columns, image_size_px=_IMAGE_SIZE_PX), progress)
     for line in summary(dataset):
         typer.echo(line)

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from medtl_dist.cli.data import packing_bar, summary
+from medtl_dist.cli import data_options as options
+from medtl_dist.cli.data import summary
+from medtl_dist.cli.progress import one_bar
 
 
 def verify(
-    dest: Annotated[
-        str, typer.Argument(metavar="DEST", help="Folder of a shard set, or s3://, gs:// or https:// address.")
-    ],
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
+    dest: options.Place,
+    workers: options.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every fault, as JSON.")] = False,
 ) -> None:
     """Check a whole shard set: tars, index, dataset.json, checksums, pixels, labels, groups; exit code 3 on a fault.
@@ -27,7 +27,7 @@ def verify(
     """
     from medtl_dist.data.verify import verify as run_verify
 
-    with packing_bar("verifying") as progress:
+    with one_bar("verifying") as progress:
         report = run_verify(dest, workers, progress)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
@@ -60,15 +60,10 @@ def index(
         str | None,
         typer.Option(metavar="SPLIT=GLOB,…", help="Which tars are which split [default: by name, as train-000.tar]."),
     ] = None,
-    positive: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="Positive one of two classes [default: last in sorted order].")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes [default: one per core].")] = None,
-    key_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Key of the hashes, 64 hex digits [default: one in FOLDER.private]."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print dataset.json instead of a summary.")] = False,
+    positive: options.Positive = None,
+    workers: options.Workers = None,
+    key_file: options.KeyFile = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make a set of tars that webdataset wrote: index and dataset.json beside them, the tars left as they are.
 
@@ -80,15 +75,15 @@ def index(
     from medtl_dist.data.adopt import AdoptOptions, adopt, parse_splits
     from medtl_dist.data.sidecars import Fields
 
-    options = AdoptOptions(
+    chosen = AdoptOptions(
         fields=Fields(label_field, tuple(group_field or ()), domain_field, tuple(keep_field or ())),
         splits=parse_splits(split) if split else (),
         positive=positive,
         num_workers=workers,
         key_file=key_file,
     )
-    with packing_bar("indexing") as progress:
-        dataset = adopt(folder, options, progress)
+    with one_bar("indexing") as progress:
+        dataset = adopt(folder, chosen, progress)
     if as_json:
         facts = {"folder": dataset.folder, "sha256": dataset.sha256, **dataset.info}
         typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))

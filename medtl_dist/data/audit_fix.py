@@ -25,7 +25,7 @@ from medtl_dist.data.audit_scan import Progress, Scan
 from medtl_dist.data.encoding import Stored
 from medtl_dist.data.findings import Match, components
 from medtl_dist.data.plan import Piece
-from medtl_dist.data.private import KEY_FILE, LINKAGE_FILE, PROBLEMS_FILE, private_folder
+from medtl_dist.data.private import KEY_FILE, LINKAGE_FILE, PROBLEMS_FILE, private_folder, write_private
 from medtl_dist.data.reader import Reader
 from medtl_dist.data.shard_writer import Facts, SetWriter, sync_folder, write_dataset_file
 from medtl_dist.data.shards import INDEX_FIELDS, SPLITS, Dataset, open_dataset, read_shard_rows
@@ -224,16 +224,7 @@ def _copy_private(seen: Scan, plan: Plan, source: Path, folder: Path) -> None:
     folder.chmod(0o700)
     buffer = io.BytesIO()
     pq.write_table(linkage, buffer, compression="zstd")
-    _put(folder / LINKAGE_FILE, buffer.getvalue())
+    write_private(folder / LINKAGE_FILE, buffer.getvalue())
     for name in (KEY_FILE, PROBLEMS_FILE):
         if (source / name).is_file():
-            _put(folder / name, (source / name).read_bytes())
-
-
-def _put(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+            write_private(folder / name, (source / name).read_bytes())

@@ -68,7 +68,7 @@ def write_linkage(
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    _replace(folder / LINKAGE_FILE, buffer.getbuffer())
+    write_private(folder / LINKAGE_FILE, buffer.getbuffer())
 
 
 def write_problems(folder: Path, listing: Listing, identities: Identities, problems: Mapping[int, str]) -> None:
@@ -83,7 +83,7 @@ def write_problems(folder: Path, listing: Listing, identities: Identities, probl
     for row in sorted(problems, key=lambda row: identities.keys[row]):
         where = "" if listing.rows[row] < 0 else listing.rows[row]
         writer.writerow((identities.keys[row].hex(), problems[row], _printable(listing.names[row]), where))
-    _replace(path, text.getvalue().encode("utf-8"))
+    write_private(path, text.getvalue().encode("utf-8"))
 
 
 def write_refused(folder: Path, refused: Sequence[tuple[str, int, str, str]]) -> None:
@@ -95,10 +95,11 @@ def write_refused(folder: Path, refused: Sequence[tuple[str, int, str, str]]) ->
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("tar", "member", "reason", "name"), *refused])
-    _replace(path, text.getvalue().encode("utf-8"))
+    write_private(path, text.getvalue().encode("utf-8"))
 
 
-def _replace(path: Path, data: bytes | memoryview) -> None:
+def write_private(path: Path, data: bytes | memoryview) -> None:
+    """A file for its owner alone, whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
