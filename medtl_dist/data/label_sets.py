@@ -89,12 +89,12 @@ def column_to_sets(column: pa.Array) -> LabelSets:
     """int8 [rows, classes] of an index's column ``label``. Raises: DataError, lists of unequal length or no labels."""
     values = column.flatten()
     rows = len(column)
-    lengths = np.diff(column.offsets.to_numpy())
+    lengths = np.diff(np.from_dlpack(column.offsets))
     if rows == 0:
         return np.zeros((0, 0), np.int8)
     if (lengths != lengths[0]).any() or lengths[0] == 0:
         raise DataError("the index is damaged (label lists of unequal length): copy the set again or pack it again")
-    sets = values.fill_null(UNKNOWN).to_numpy(zero_copy_only=False).reshape(rows, int(lengths[0]))
+    sets = np.from_dlpack(values.fill_null(UNKNOWN)).reshape(rows, int(lengths[0]))
     return sets.astype(np.int8, copy=False)
 
 

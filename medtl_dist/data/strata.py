@@ -39,7 +39,7 @@ class Strata:
         Raises: DataError, a value that ``dataset.json`` does not list.
         """
         if self.by == "class":
-            codes = column.to_numpy().astype(np.int64, copy=False)
+            codes = np.from_dlpack(column.combine_chunks()).astype(np.int64, copy=False)
         else:
             place = {name: code for code, name in enumerate(self.names)}
             codes = np.array([place.get(name or UNNAMED, -1) for name in column.to_pylist()], np.int64)

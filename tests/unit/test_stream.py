@@ -390,9 +390,15 @@ def test_a_loader_works_in_a_thread_and_in_another_folder(
     assert_same(found, epoch_of(dataset))
 
 
-def test_loader_processes_need_no_torch() -> None:
-    code = "import sys, medtl_dist.data.worker; print({'torch', 'webdataset', 'ray'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_loader_processes_need_no_torch_and_reading_no_pandas(dataset: Dataset) -> None:
+    """What a loader process imports and does at its start: each of these costs a second, or tens of MiB, per process."""
+    code = (
+        "import sys; from medtl_dist.data import pieces, plan, shards, worker;"
+        "pieces.Reader(shards.open_dataset(sys.argv[1]), 'train').read(plan.Piece(0, 0, 2));"
+        "print({'torch', 'webdataset', 'ray', 'pandas', 'scipy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, dataset.folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
