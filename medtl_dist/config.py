@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from medtl_dist.errors import ConfigError
-from medtl_dist.sections import Augment, Cluster, Data, Evaluate, Model, Optim, Schedule, Section, Train, Transfer
+from medtl_dist.sections import Augment, Cluster, Data, Evaluate, Model, Optim, Schedule, Section, Train, Transfer, Tune
 
 # Where data lies and how it is fetched decides no number: these keys of ``data`` count neither in a run's identity nor in
 # what --resume compares.
@@ -40,6 +40,7 @@ class Config(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     transfer: Transfer = Transfer()
+    tune: Tune = Tune()
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
@@ -158,8 +159,8 @@ def _check_origin(stage: Stage, before: list[Stage], where: str) -> None:
 
 
 def _counting(tree: dict[str, Any]) -> dict[str, Any]:
-    """A dumped config less what decides no number: ``cluster``, places and time-outs, in the stages too."""
-    kept = {section: keys for section, keys in tree.items() if section != "cluster"}
+    """A dumped config less what decides no number: ``tune``, ``cluster``, places and time-outs, in the stages too."""
+    kept = {section: keys for section, keys in tree.items() if section not in ("tune", "cluster")}
     for part in (kept, *(tree["transfer"]["stages"] if "transfer" in tree else [])):
         for section, left_out in (("data", _PLACE_KEYS), ("train", {"collective_timeout_s"})):
             if section in part:

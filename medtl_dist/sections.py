@@ -136,6 +136,10 @@ class Augment(Section):
     stain_model: Literal["hematoxylin_eosin", "color"] = Field(
         default="hematoxylin_eosin", description="Stains that are told apart; color: each colour channel by itself."
     )
+    views: PositiveInt | None = Field(
+        default=None,
+        description="Different training views of an image, seen in turn over the epochs; null: a fresh one each epoch.",
+    )
     mixup_alpha: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Blend each image with another, its share from Beta(alpha, alpha); 0: off."
     )
@@ -335,9 +339,46 @@ class Transfer(Section):
         return self
 
 
+class Tune(Section):
+    """A sweep over a search space; none of it decides a number of a single training."""
+
+    space: str = Field(
+        default="resnet101", description="Search space: a name (`medtl tune --help` lists them) or a YAML file."
+    )
+    num_trials: PositiveInt = Field(default=12, description="Trials in all; a grid has as many as it has points.")
+    searcher: Literal["random", "grid", "optuna"] = Field(
+        default="random", description="How trials are drawn; optuna (extra) learns from those that have ended."
+    )
+    scheduler: Literal["asha", "median", "none"] = Field(
+        default="asha", description="What stops a trial early: asha, median (below the running median), or none (FIFO)."
+    )
+    grace_epochs: PositiveInt = Field(default=1, description="Epochs that every trial gets before it can be stopped.")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        default=3, description="asha: one of so many trials goes on at each rung."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of what is drawn from the space.")
+    max_trial_failures: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Further tries of a trial that crashed, each from its last checkpoint."
+    )
+    prefix_cache: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Keep the frozen stages' outputs for all trials that share them; decides storage only, never a number.",
+    )
+    prefix_cache_mib: PositiveInt | None = Field(
+        default=None, description="Size limit of that cache on each node; null: half of what is free on its disk."
+    )
+    keep_prefix_cache: bool = Field(
+        default=False, description="Keep it after the sweep; it is made from patients' images."
+    )
+
+
 class Cluster(Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Ray Train workers; 0: in this process, no Ray."
+    )
+    min_workers: PositiveInt | None = Field(
+        default=None,
+        description="Elastic training: go on with as few workers as this where nodes are lost; null: always num_workers.",
     )
     use_gpu: bool | None = Field(default=None, description="One GPU per worker; null: where there is one.")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1.0, description="CPUs reserved for each worker.")
@@ -347,3 +388,9 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Restarts from the last checkpoint after a lost worker."
     )
+
+    @model_validator(mode="after")
+    def _elastic_bounds(self) -> Cluster:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError("min_workers can't be above num_workers")
+        return self

@@ -30,19 +30,21 @@ from medtl_dist.train.session import Session, agreed, start, train_stream
 from medtl_dist.train.setup import average_buffers
 from medtl_dist.train.state import best_row, due, save
 from medtl_dist.train.unfreeze import unfreeze
+from medtl_dist.train.warm import Warm, keep_epoch_scores
 
 _POLL_EVERY_STEPS = 5
 
 
-def fit(config: Config, run: Run, *, open_test: bool = False) -> None:
+def fit(config: Config, run: Run, *, open_test: bool = False, warm: Warm | None = None) -> None:
     """Train, or go on from the newest checkpoint in the run folder, and leave predictions and ``results.json`` there.
 
     Collective: every rank calls it with the same arguments. ``open_test`` scores the test split once at the end.
+    ``warm``: what this process keeps between trainings.
 
     Raises:
         MedtlError: the same on every rank; Interrupted where ``run.poll`` asked to stop, after a checkpoint.
     """
-    session = start(config, run)
+    session = start(config, run, warm)
     try:
         while not finished(session):
             close_epoch(session, train_epoch(session))
@@ -180,6 +182,8 @@ def close_epoch(session: Session, clock: Clock) -> None:
             loader=session.loader,
         )
         numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
+    if predictions is not None and session.warm.keep_epoch_scores:
+        keep_epoch_scores(run, position.epoch, predictions)
     (loss_total,) = collectives.totals([position.loss_total])
     row: dict[str, Any] = {
         "epoch": position.epoch,

@@ -42,6 +42,7 @@ from medtl_dist.train.setup import (
 )
 from medtl_dist.train.state import check_same_run, restore
 from medtl_dist.train.unfreeze import check_unfreezing, depth_at
+from medtl_dist.train.warm import Warm
 
 T = TypeVar("T")
 
@@ -79,10 +80,11 @@ class Session:
     journal: Journal
     position: Position
     started: str
+    warm: Warm
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
 
 
-def start(config: Config, run: Run) -> Session:
+def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
     """Everything up to the next step. Collective. Raises MedtlError, the same on every rank."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     threads = set_threads(config, run.world_size)
@@ -135,6 +137,7 @@ def start(config: Config, run: Run) -> Session:
         journal=Journal(run, first_step=step or 0),
         position=Position(),
         started=started,
+        warm=warm or Warm(),
     )
     for text in warnings:
         session.journal.note(text)
