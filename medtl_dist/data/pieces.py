@@ -193,8 +193,9 @@ class Reader:
                 f"can't read {self._path(shard)} ({error.strerror}): copy the set again or pack it again"
             ) from None
         try:
-            data = _pread(handle, start, stop - start)
             end = os.fstat(handle).st_size
+            # An index may promise any length; memory is asked for only where the file has it.
+            data = _pread(handle, start, stop - start) if stop <= end else b""
         except OSError as error:
             raise DataError(f"can't read {self._path(shard)} ({error.strerror}): check the disk") from None
         finally:
