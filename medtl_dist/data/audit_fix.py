@@ -156,9 +156,8 @@ def _write(seen: Scan, plan: Plan, folder: Path, done: Callable[[int], None]) ->
     mended = "duplicates joined"
     grouped = seen.dataset.group_source
     note = f"made by data audit --fix: {plan.changes['joined_groups']} groups joined, {written} images written"
-    before = cautions_of_counts(
-        source["splits"], Counter(seen.groups.to_pylist()[group] for group in seen.group.tolist())
-    )
+    names = seen.groups.to_pylist()
+    before = cautions_of_counts(source["splits"], Counter(names[group] for group in seen.group.tolist()))
     kept_cautions = [caution for caution in source.get("cautions", []) if caution not in before]
     return source | {
         "splits": {split: splits[split] for split in SPLITS if split in splits},

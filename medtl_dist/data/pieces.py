@@ -257,9 +257,12 @@ def _parse_rows(table: pa.Table) -> Rows:
     if any(column.null_count for column in columns):
         raise DataError("the index is damaged (empty fields): copy the set again or pack it again")
     # Not to_numpy(): it imports pandas, half a second and 40 MiB in every loader process.
-    labels = label_sets.column_to_sets(label) if pa.types.is_list(label.type) else np.from_dlpack(label)
+    numbers = [np.from_dlpack(column).astype(np.int64, copy=False) for column in (offset, size)]
+    labels = label_sets.column_to_sets(label) if pa.types.is_list(label.type) else None
+    if labels is None:
+        labels = np.from_dlpack(label).astype(np.int64, copy=False)
     keys, digests = (b"".join(column.to_pylist()) for column in (key, sha256))
-    return Rows(keys, digests, labels, np.from_dlpack(offset), np.from_dlpack(size))
+    return Rows(keys, digests, labels, *numbers)
 
 
 def _pread(handle: int, offset: int, length: int) -> bytes:
