@@ -55,8 +55,9 @@ def address(s3: S3Server) -> str:
     return f"s3://sets/test-{next(_numbers)}/set"
 
 
-def put(local: Dataset, address: str, s3: S3Server) -> None:
+def put(local: Dataset, address: str, reached: S3Server | StorageOptions) -> None:
     """Copies a local set into the store."""
-    folder = Folder.at_url(address, StorageOptions(endpoint_url=s3.url))
+    storage = reached if isinstance(reached, StorageOptions) else StorageOptions(endpoint_url=reached.url)
+    folder = Folder.at_url(address, storage)
     for path in Path(local.folder).iterdir():
         folder.write(path.name, path.read_bytes())
