@@ -27,6 +27,7 @@ _PLACE_KEYS = {
     "shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous", "storage_timeout_s", "storage_retries",
     "cache_dir", "cache_mib",
 }  # fmt: skip
+_LOGGING_KEYS = {"collective_timeout_s", "mlflow_uri"}  # of ``train``, likewise
 
 
 class Config(Section):
@@ -162,7 +163,7 @@ def _counting(tree: dict[str, Any]) -> dict[str, Any]:
     """A dumped config less what decides no number: ``tune``, ``cluster``, places and time-outs, in the stages too."""
     kept = {section: keys for section, keys in tree.items() if section not in ("tune", "cluster")}
     for part in (kept, *(tree["transfer"]["stages"] if "transfer" in tree else [])):
-        for section, left_out in (("data", _PLACE_KEYS), ("train", {"collective_timeout_s"})):
+        for section, left_out in (("data", _PLACE_KEYS), ("train", _LOGGING_KEYS)):
             if section in part:
                 part[section] = {key: value for key, value in part[section].items() if key not in left_out}
     return kept
@@ -256,11 +257,11 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs differ and that count in :meth:`Config.sha256`, as ``key: one -> other``."""
-    a, b = (_flat(_counting(config.model_dump(mode="json"))) for config in (one, other))
+    a, b = (flat(_counting(config.model_dump(mode="json"))) for config in (one, other))
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
-def _flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
@@ -312,4 +313,6 @@ def _explain(fault: Any) -> tuple[str, str]:
     if len(path) < 2:
         return f"{path[0]}: " if path else "", message
     field = Config.model_fields[path[0]].annotation.model_fields[path[1]]  # type: ignore[union-attr]
-    return f"{'.'.join(path[:2])} = {fault['input']!r} ({field.description}) Expected ", message
+    # What is refused may be an address with a password in it.
+    shown = re.sub(r"//[^/@'\"]*@", "//…@", repr(fault["input"]))
+    return f"{'.'.join(path[:2])} = {shown} ({field.description}) Expected ", message

@@ -295,6 +295,19 @@ class Train(Section):
     collective_timeout_s: PositiveInt = Field(
         default=300, description="Give up on a silent rank after so many seconds."
     )
+    mlflow_uri: str | None = Field(
+        default=None, description="MLflow tracking server for each epoch's numbers (extra mlflow); null: none."
+    )
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _no_secret_in_an_address(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("http") and ("@" in value or "?" in value):
+            raise ValueError(
+                "an address without user, password or query; use MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return value
 
 
 class Evaluate(Section):

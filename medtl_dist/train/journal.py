@@ -14,7 +14,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from medtl_dist.config import Config
 from medtl_dist.run import Folder, Run
+from medtl_dist.train.mlflow_log import MlflowLog
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -22,11 +24,15 @@ _PROGRESS_EVERY_S = 1.0
 class Journal:
     """The run's log on rank 0, silent on the others."""
 
-    def __init__(self, run: Run, *, first_step: int = 0) -> None:
+    def __init__(self, run: Run, config: Config, *, first_step: int = 0) -> None:
+        """Raises UserError where MLflow is asked for and is not installed."""
         self._folder: Folder | None = run.folder if run.rank == 0 else None
         self._last_progress = 0.0
         self._writer: SummaryWriter | None = None
+        self._mlflow: MlflowLog | None = None
         if self._folder is not None:
+            if config.train.mlflow_uri is not None:
+                self._mlflow = MlflowLog(config, run.folder, self.note)
             self._writer = SummaryWriter(str(self._folder.local_path / "events"), purge_step=first_step or None)
 
     def note(self, text: str) -> None:
@@ -41,6 +47,8 @@ class Journal:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()
+        if self._mlflow is not None:
+            self._mlflow.epoch(row, step)
 
     def due(self) -> bool:
         """Whether it is time for :meth:`progress` again; asked so that a loss need not leave its device for nothing."""
@@ -54,6 +62,9 @@ class Journal:
                 self._folder.write("progress.json", json.dumps(dict(row)).encode())
 
     def close(self) -> None:
+        if self._mlflow is not None:
+            self._mlflow.close()
+            self._mlflow = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -134,7 +134,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         class_weights=agreed(lambda: _class_weights(config, dataset, run.device)),
         plan=plan,
         threads=threads,
-        journal=Journal(run, first_step=step or 0),
+        journal=agreed(lambda: Journal(run, config, first_step=step or 0)),
         position=Position(),
         started=started,
         warm=warm or Warm(),
