@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,66 +21,170 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from cluster.ray_run import RayRun
+from cluster import notices
+from cluster.ray_run import RayRun, Why
+from cluster.room import needs_of, room_now
 from medtl_dist.config import Config, validate
-from medtl_dist.errors import BY_NAME, MedtlError, TrainingError, UserError
+from medtl_dist.errors import BY_NAME, Interrupted, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
 from medtl_dist.train.loop import fit
 from medtl_dist.train.setup import available_cpus
+
+_WATCH_EVERY_S = 0.2
+_LOOK_FOR_ROOM_EVERY_S = 5.0
 
 
 def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
     """Train with ``cluster.num_workers`` Ray Train workers in ``run_folder``; returns when the results are written.
 
     Every attempt gets a Ray run name of its own, so Ray has nothing to resume from: the newest checkpoint in the run
-    folder decides, here and after a lost worker.
+    folder decides, here and after a lost worker. A lost worker is started again by Ray, at most ``cluster.max_failures``
+    times. Where a node or a worker is told to end, all ranks write a checkpoint and stop, and another attempt goes on
+    where there is room; that costs no retry.
 
     Raises:
         MedtlError: what the workers agreed on, as in :func:`medtl_dist.train.loop.fit`; TrainingError where restarts
-            are used up.
+            are used up; Interrupted where this process got SIGTERM, after a checkpoint, or where the cluster could not
+            hold the workers for ``cluster.wait_for_workers_s``.
+        KeyboardInterrupt: after a checkpoint likewise.
     """
-    with connected(config):
-        use_gpu = _use_gpu(config)
-        storage = run_folder / ".ray"
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={
-                "config": config.model_dump(mode="json"),
-                "folder": str(run_folder),
-                "open_test": open_test,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=config.cluster.num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-            ),
-            # The core's small agreements are CPU tensors, so a GPU group needs gloo beside NCCL.
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s
-            ),
-            run_config=RunConfig(
-                name=f"attempt-{uuid.uuid4().hex[:12]}",
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        try:
-            status = trainer.fit().return_value
-        except TrainingFailedError as error:
-            raise _exhausted(error, run_folder, config) from None
-        finally:
-            shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; nothing of ours is in it
-    if isinstance(status, dict) and status.get("error"):
+    with connected(config), notices.noting_signals() as signals:
+        payload = {"config": config.model_dump(mode="json"), "folder": str(run_folder), "open_test": open_test}
+        while True:
+            status = Attempt(config, run_folder, signals).run(payload)
+            moved = status["why"] in (Why.PREEMPTED, Why.TERMINATED) and signals.received is None
+            # A node that is taken away takes a cluster of this machine's own with it.
+            if not moved or not _shared_cluster(config):
+                break
+    if status["error"] == Interrupted.__name__ and signals.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if status["error"]:
         raise BY_NAME.get(status["error"], MedtlError)(status["message"])
 
 
-def work(payload: dict[str, Any]) -> dict[str, str]:
+class Attempt:
+    """One Ray Train run, watched from the main thread, so that signals are heard while it goes on."""
+
+    def __init__(self, config: Config, run_folder: Path, signals: notices.Signals) -> None:
+        self._config, self._run_folder, self._signals = config, run_folder, signals
+        self._name = f"attempt-{uuid.uuid4().hex[:12]}"
+        self._use_gpu = _use_gpu(config)
+        self._needs = needs_of(config, use_gpu=self._use_gpu)
+        self._outcome: dict[str, Any] | BaseException | None = None
+
+    def run(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The workers' status: ``error`` (the name of a class, or ""), ``message`` and ``why`` it was told to stop."""
+        self._wait_for_room()
+        storage = self._run_folder / ".ray"
+        trainer = self._trainer(payload | {"attempt": self._name}, storage)
+        # Ray Train takes over Ctrl-C in the main thread, and kills: in another one it leaves the signals to us.
+        fitting = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+        fitting.start()
+        try:
+            self._watch(fitting)
+        finally:
+            notices.forget(self._name)
+            shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; nothing of ours is in it
+        if isinstance(self._outcome, TrainingFailedError):
+            raise _exhausted(self._outcome, self._run_folder, self._config) from None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def _trainer(self, payload: dict[str, Any], storage: Path) -> TorchTrainer:
+        cluster = self._config.cluster
+        # What Ray Train takes from the environment; what the user has set stays.
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(self._config.train.collective_timeout_s))
+        elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
+        return TorchTrainer(
+            work,
+            train_loop_config=payload,
+            scaling_config=ScalingConfig(
+                num_workers=(cluster.min_workers or 1, cluster.num_workers) if elastic else cluster.num_workers,
+                use_gpu=self._use_gpu,
+                resources_per_worker=self._needs,
+            ),
+            # The core's small agreements are CPU tensors, so a GPU group needs gloo beside NCCL.
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if self._use_gpu else "gloo",
+                timeout_s=self._config.train.collective_timeout_s,
+            ),
+            run_config=RunConfig(
+                name=self._name,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                callbacks=[notices.NoteSigterm()],  # pyright: ignore[reportArgumentType]
+            ),
+        )
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            self._outcome = trainer.fit().return_value
+        except BaseException as error:  # raised again in the main thread
+            self._outcome = error
+
+    def _watch(self, fitting: threading.Thread) -> None:
+        """Until the run ends. Raises Interrupted where it does not end in time after a signal, or lacks room for too long."""
+        asked_at: float | None = None
+        room_at = looked_at = time.monotonic()
+        while fitting.is_alive():
+            fitting.join(_WATCH_EVERY_S)
+            now = time.monotonic()
+            if self._signals.received is not None and asked_at is None:
+                asked_at = now
+                notices.ask_to_stop(self._name)
+            grace = self._config.cluster.stop_grace_s if notices.has_begun(self._name) else 0
+            if asked_at is not None and fitting.is_alive() and now - asked_at > grace:
+                raise Interrupted(
+                    f"stopped as asked; the workers had no checkpoint to write, or took longer than cluster.stop_grace_s = "
+                    f"{self._config.cluster.stop_grace_s}. The same command with --resume goes on from the last checkpoint."
+                )
+            if now - looked_at > _LOOK_FOR_ROOM_EVERY_S:
+                looked_at = now
+                room_at = now if self._has_room() else room_at
+                if now - room_at > self._config.cluster.wait_for_workers_s + _LOOK_FOR_ROOM_EVERY_S:
+                    raise self._no_room()
+
+    def _wait_for_room(self) -> None:
+        """Raises Interrupted where the cluster can't hold the workers for too long; UserError where it is this machine."""
+        give_up_at = time.monotonic() + self._config.cluster.wait_for_workers_s
+        while not self._has_room():
+            if time.monotonic() > give_up_at or self._signals.received is not None:
+                raise self._no_room()
+            time.sleep(1.0)
+
+    def _has_room(self) -> bool:
+        cluster = self._config.cluster
+        return not _shared_cluster(self._config) or room_now(self._needs) >= (
+            cluster.min_workers or cluster.num_workers
+        )
+
+    def _no_room(self) -> Interrupted:
+        cluster = self._config.cluster
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
+        return Interrupted(
+            f"the cluster's nodes have room for {room_now(self._needs)} workers ({each} each), and "
+            f"{cluster.min_workers or cluster.num_workers} are needed: add nodes, or set cluster.min_workers; the same command "
+            "with --resume goes on from the last checkpoint."
+        )
+
+
+def work(payload: dict[str, Any]) -> dict[str, Any]:
     """The training function of a Ray Train worker. What cannot go on is returned: Ray would retry whatever is raised."""
+    run = RayRun(Folder.local(payload["folder"]), payload["attempt"])
+    if run.rank == 0:
+        notices.mark_begun(run.attempt)
     try:
-        fit(validate(payload["config"]), RayRun(Folder.local(payload["folder"])), open_test=payload["open_test"])
+        fit(validate(payload["config"]), run, open_test=payload["open_test"])
     except MedtlError as error:
-        return {"error": type(error).__name__, "message": error.message}
-    return {"error": "", "message": ""}
+        return {"error": type(error).__name__, "message": error.message, "why": int(run.why)}
+    return {"error": "", "message": "", "why": 0}
+
+
+def _shared_cluster(config: Config) -> bool:
+    """Whether the cluster is more than this process's own."""
+    return (config.cluster.address or os.environ.get("RAY_ADDRESS")) is not None
 
 
 @contextmanager
