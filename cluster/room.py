@@ -29,6 +29,6 @@ def room_on(nodes: Iterable[Mapping[str, Any]], leaving: Collection[str], needs:
     return total
 
 
-def room_now(needs: Mapping[str, float]) -> int:
+def room_now(needs: Mapping[str, float], *, even_leaving: bool = False) -> int:
     """The same of the connected cluster, at this moment."""
-    return room_on(ray.nodes(), state.get_draining_nodes() or {}, needs)
+    return room_on(ray.nodes(), () if even_leaving else state.get_draining_nodes() or {}, needs)

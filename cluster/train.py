@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -50,11 +50,10 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
     """
     with connected(config), notices.noting_signals() as signals:
         payload = {"config": config.model_dump(mode="json"), "folder": str(run_folder), "open_test": open_test}
+        use_gpu = _use_gpu(config)  # once for all attempts: a lost node must not turn a run on GPUs into one on CPUs
         while True:
-            status = Attempt(config, run_folder, signals).run(payload)
-            moved = status["why"] in (Why.PREEMPTED, Why.TERMINATED) and signals.received is None
-            # A node that is taken away takes a cluster of this machine's own with it.
-            if not moved or not _shared_cluster(config):
+            status = Attempt(config, run_folder, use_gpu, signals).run(payload)
+            if status["why"] not in (Why.PREEMPTED, Why.TERMINATED) or signals.received is not None:
                 break
     if status["error"] == Interrupted.__name__ and signals.received == signal.SIGINT:
         raise KeyboardInterrupt
@@ -65,16 +64,15 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
 class Attempt:
     """One Ray Train run, watched from the main thread, so that signals are heard while it goes on."""
 
-    def __init__(self, config: Config, run_folder: Path, signals: notices.Signals) -> None:
+    def __init__(self, config: Config, run_folder: Path, use_gpu: bool, signals: notices.Signals) -> None:
         self._config, self._run_folder, self._signals = config, run_folder, signals
         self._name = f"attempt-{uuid.uuid4().hex[:12]}"
-        self._use_gpu = _use_gpu(config)
-        self._needs = needs_of(config, use_gpu=self._use_gpu)
+        self._use_gpu, self._needs = use_gpu, needs_of(config, use_gpu=use_gpu)
+        self._enough = config.cluster.min_workers or config.cluster.num_workers
         self._outcome: dict[str, Any] | BaseException | None = None
 
     def run(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The workers' status: ``error`` (the name of a class, or ""), ``message`` and ``why`` it was told to stop."""
-        self._wait_for_room()
         storage = self._run_folder / ".ray"
         trainer = self._trainer(payload | {"attempt": self._name}, storage)
         # Ray Train takes over Ctrl-C in the main thread, and kills: in another one it leaves the signals to us.
@@ -82,11 +80,15 @@ class Attempt:
         fitting.start()
         try:
             self._watch(fitting)
-        finally:
             notices.forget(self._name)
+        except RayError as error:  # the control service itself is gone
+            raise _lost(error) from None
+        finally:
             shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; nothing of ours is in it
         if isinstance(self._outcome, TrainingFailedError):
             raise _exhausted(self._outcome, self._run_folder, self._config) from None
+        if isinstance(self._outcome, RayError):
+            raise _lost(self._outcome) from None
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         assert self._outcome is not None
@@ -127,46 +129,40 @@ class Attempt:
     def _watch(self, fitting: threading.Thread) -> None:
         """Until the run ends. Raises Interrupted where it does not end in time after a signal, or lacks room for too long."""
         asked_at: float | None = None
-        room_at = looked_at = time.monotonic()
+        room_at, looked_at = time.monotonic(), -math.inf
         while fitting.is_alive():
             fitting.join(_WATCH_EVERY_S)
             now = time.monotonic()
             if self._signals.received is not None and asked_at is None:
                 asked_at = now
                 notices.ask_to_stop(self._name)
-            grace = self._config.cluster.stop_grace_s if notices.has_begun(self._name) else 0
-            if asked_at is not None and fitting.is_alive() and now - asked_at > grace:
+            if asked_at is not None and fitting.is_alive() and now - asked_at > self._grace_s():
                 raise Interrupted(
                     f"stopped as asked; the workers had no checkpoint to write, or took longer than cluster.stop_grace_s = "
                     f"{self._config.cluster.stop_grace_s}. The same command with --resume goes on from the last checkpoint."
                 )
             if now - looked_at > _LOOK_FOR_ROOM_EVERY_S:
-                looked_at = now
-                room_at = now if self._has_room() else room_at
-                if now - room_at > self._config.cluster.wait_for_workers_s + _LOOK_FOR_ROOM_EVERY_S:
+                looked_at = now  # Ray Train has asked for room, so an autoscaler may be making it
+                if self._has_room():
+                    room_at = now
+                elif now - room_at > self._config.cluster.wait_for_workers_s:
                     raise self._no_room()
 
-    def _wait_for_room(self) -> None:
-        """Raises Interrupted where the cluster can't hold the workers for too long; UserError where it is this machine."""
-        give_up_at = time.monotonic() + self._config.cluster.wait_for_workers_s
-        while not self._has_room():
-            if time.monotonic() > give_up_at or self._signals.received is not None:
-                raise self._no_room()
-            time.sleep(1.0)
+    def _grace_s(self) -> float:
+        """How long to wait for the workers after a signal: not at all while there are none that could hear of it."""
+        return self._config.cluster.stop_grace_s if notices.has_begun(self._name) else 0.0
 
     def _has_room(self) -> bool:
-        cluster = self._config.cluster
-        return not _shared_cluster(self._config) or room_now(self._needs) >= (
-            cluster.min_workers or cluster.num_workers
-        )
+        if not _shared_cluster(self._config):
+            return True
+        # Workers on a node that is drained still have a checkpoint to write; new ones are not put there.
+        return room_now(self._needs, even_leaving=notices.has_begun(self._name)) >= self._enough
 
     def _no_room(self) -> Interrupted:
-        cluster = self._config.cluster
         each = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
         return Interrupted(
-            f"the cluster's nodes have room for {room_now(self._needs)} workers ({each} each), and "
-            f"{cluster.min_workers or cluster.num_workers} are needed: add nodes, or set cluster.min_workers; the same command "
-            "with --resume goes on from the last checkpoint."
+            f"the cluster's nodes have room for {room_now(self._needs)} workers ({each} each), and {self._enough} are needed: "
+            "add nodes, or set cluster.min_workers; the same command with --resume goes on from the last checkpoint."
         )
 
 
@@ -213,13 +209,21 @@ def _use_gpu(config: Config) -> bool:
     """One GPU per worker where wished, or, left open, where the cluster has enough. Raises UserError where it has not."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.cluster.use_gpu is None:
-        return gpus >= config.cluster.num_workers > 0
+        return gpus >= (config.cluster.min_workers or config.cluster.num_workers) > 0
     if config.cluster.use_gpu and config.cluster.address is None and gpus < config.cluster.num_workers:
         raise UserError(
             f"cluster.use_gpu = true with cluster.num_workers = {config.cluster.num_workers}, but this machine has {gpus} GPUs: "
             "lower cluster.num_workers, name a cluster with cluster.address, or set cluster.use_gpu=false."
         )
     return config.cluster.use_gpu
+
+
+def _lost(error: Exception) -> Interrupted:
+    """The error of a run whose cluster is gone: its head, or the node of this process."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return Interrupted(
+        f"lost the Ray cluster: {reason} The same command with --resume goes on from the last checkpoint, here or elsewhere."
+    )
 
 
 def _exhausted(error: TrainingFailedError, run_folder: Path, config: Config) -> TrainingError:

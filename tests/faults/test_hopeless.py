@@ -39,7 +39,7 @@ def _small_disk(folder: Path, kib: int) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a worker may not have ended yet
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
