@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,13 @@ from cluster.ray_run import RayRun
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder, folder_at
+from medtl_dist.train.lease import fenced
 from medtl_dist.train.loop import fit
-from medtl_dist.train.setup import available_cpus
+from medtl_dist.train.setup import available_cpus, storage_of
 
 
-def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
+def train_on_ray(config: Config, run_folder: Path | Folder, *, open_test: bool = False) -> None:
     """Train with ``cluster.num_workers`` Ray Train workers in ``run_folder``; returns when the results are written.
 
     Every attempt gets a Ray run name of its own, so Ray has nothing to resume from: the newest checkpoint in the run
@@ -36,14 +37,15 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
         MedtlError: what the workers agreed on, as in :func:`medtl_dist.train.loop.fit`; TrainingError where restarts
             are used up.
     """
+    folder = run_folder if isinstance(run_folder, Folder) else Folder.local(run_folder)
     with connected(config):
         use_gpu = _use_gpu(config)
-        storage = run_folder / ".ray"
         trainer = TorchTrainer(
             work,
             train_loop_config={
                 "config": config.model_dump(mode="json"),
-                "folder": str(run_folder),
+                "folder": folder.url,
+                "fence": folder.fence if isinstance(folder, StoreFolder) else None,
                 "open_test": open_test,
             },
             scaling_config=ScalingConfig(
@@ -57,16 +59,18 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
             ),
             run_config=RunConfig(
                 name=f"attempt-{uuid.uuid4().hex[:12]}",
-                storage_path=str(storage),
+                storage_path=folder.at(".ray"),
+                storage_filesystem=folder.fs if folder.remote else None,
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
         try:
             status = trainer.fit().return_value
         except TrainingFailedError as error:
-            raise _exhausted(error, run_folder, config) from None
+            raise _exhausted(error, folder, config) from None
         finally:
-            shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; nothing of ours is in it
+            with suppress(OSError, MedtlError):
+                folder.delete_tree(".ray")  # Ray's own bookkeeping; nothing of ours is in it
     if isinstance(status, dict) and status.get("error"):
         raise BY_NAME.get(status["error"], MedtlError)(status["message"])
 
@@ -74,7 +78,11 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a Ray Train worker. What cannot go on is returned: Ray would retry whatever is raised."""
     try:
-        fit(validate(payload["config"]), RayRun(Folder.local(payload["folder"])), open_test=payload["open_test"])
+        config = validate(payload["config"])
+        folder = folder_at(payload["folder"], storage_of(config))
+        if isinstance(folder, StoreFolder) and payload["fence"] is not None:
+            folder = fenced(folder, payload["fence"])
+        fit(config, RayRun(folder), open_test=payload["open_test"])
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message}
     return {"error": "", "message": ""}
@@ -115,14 +123,15 @@ def _use_gpu(config: Config) -> bool:
     return config.cluster.use_gpu
 
 
-def _exhausted(error: TrainingFailedError, run_folder: Path, config: Config) -> TrainingError:
+def _exhausted(error: TrainingFailedError, folder: Folder, config: Config) -> TrainingError:
     """The error of a run whose restarts are used up; the whole story goes into a file of the run folder."""
     causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
     lines = [line.strip() for line in str(causes[0] if causes else error).splitlines() if line.strip()] or [repr(error)]
     # A traceback ends with its message; what Ray says of a lost worker begins with it.
     cause = (lines[-1] if lines[0].startswith(("Traceback", "\x1b[36m")) else lines[0])[:300]
-    (run_folder / "failure.txt").write_text(str(error), encoding="utf-8")
+    with suppress(OSError, MedtlError):
+        folder.write("failure.txt", str(error).encode())
     return TrainingError(
         f"training stopped after {config.cluster.max_failures} restarts: {cause} "
-        f"Details: {run_folder / 'failure.txt'}; the same command with --resume goes on from the last checkpoint."
+        f"Details: {folder.url}/failure.txt; the same command with --resume goes on from the last checkpoint."
     )
