@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
+from medtl_dist.storage import Folder
 from medtl_dist.train.setup import available_cpus
 
 _WORKERS_PER_CPU = 4
@@ -25,7 +26,7 @@ _TRAIN_CLOCKS = {
 }
 
 
-def launch_training(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
+def launch_training(config: Config, run_folder: Path | Folder, *, open_test: bool = False) -> None:
     """Train on Ray; see :func:`cluster.train.train_on_ray` for what it does and raises."""
     own_cluster = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if (

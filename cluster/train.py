@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,16 @@ from cluster.room import needs_of, room_now
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, Interrupted, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder, folder_at
+from medtl_dist.train.lease import fenced
 from medtl_dist.train.loop import fit
-from medtl_dist.train.setup import available_cpus
+from medtl_dist.train.setup import available_cpus, storage_of
 
 _WATCH_EVERY_S = 0.2
 _LOOK_FOR_ROOM_EVERY_S = 5.0
 
 
-def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -> None:
+def train_on_ray(config: Config, run_folder: Path | Folder, *, open_test: bool = False) -> None:
     """Train with ``cluster.num_workers`` Ray Train workers in ``run_folder``; returns when the results are written.
 
     Every attempt gets a Ray run name of its own, so Ray has nothing to resume from: the newest checkpoint in the run
@@ -48,11 +49,17 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
             hold the workers for ``cluster.wait_for_workers_s``.
         KeyboardInterrupt: after a checkpoint likewise.
     """
+    folder = run_folder if isinstance(run_folder, Folder) else Folder.local(run_folder)
     with connected(config), notices.noting_signals() as signals:
-        payload = {"config": config.model_dump(mode="json"), "folder": str(run_folder), "open_test": open_test}
+        payload = {
+            "config": config.model_dump(mode="json"),
+            "folder": folder.url,
+            "fence": folder.fence if isinstance(folder, StoreFolder) else None,
+            "open_test": open_test,
+        }
         use_gpu = _use_gpu(config)  # once for all attempts: a lost node must not turn a run on GPUs into one on CPUs
         while True:
-            status = Attempt(config, run_folder, use_gpu, signals).run(payload)
+            status = Attempt(config, folder, use_gpu, signals).run(payload)
             if status["why"] not in (Why.PREEMPTED, Why.TERMINATED) or signals.received is not None:
                 break
     if status["error"] == Interrupted.__name__ and signals.received == signal.SIGINT:
@@ -64,8 +71,8 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
 class Attempt:
     """One Ray Train run, watched from the main thread, so that signals are heard while it goes on."""
 
-    def __init__(self, config: Config, run_folder: Path, use_gpu: bool, signals: notices.Signals) -> None:
-        self._config, self._run_folder, self._signals = config, run_folder, signals
+    def __init__(self, config: Config, folder: Folder, use_gpu: bool, signals: notices.Signals) -> None:
+        self._config, self._folder, self._signals = config, folder, signals
         self._name = f"attempt-{uuid.uuid4().hex[:12]}"
         self._use_gpu, self._needs = use_gpu, needs_of(config, use_gpu=use_gpu)
         self._enough = config.cluster.min_workers or config.cluster.num_workers
@@ -73,8 +80,7 @@ class Attempt:
 
     def run(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The workers' status: ``error`` (the name of a class, or ""), ``message`` and ``why`` it was told to stop."""
-        storage = self._run_folder / ".ray"
-        trainer = self._trainer(payload | {"attempt": self._name}, storage)
+        trainer = self._trainer(payload | {"attempt": self._name})
         # Ray Train takes over Ctrl-C in the main thread, and kills: in another one it leaves the signals to us.
         fitting = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
         fitting.start()
@@ -84,9 +90,10 @@ class Attempt:
         except RayError as error:  # the control service itself is gone
             raise _lost(error) from None
         finally:
-            shutil.rmtree(storage, ignore_errors=True)  # Ray's own bookkeeping; nothing of ours is in it
+            with suppress(OSError, MedtlError):
+                self._folder.delete_tree(".ray")  # Ray's own bookkeeping; nothing of ours is in it
         if isinstance(self._outcome, TrainingFailedError):
-            raise _exhausted(self._outcome, self._run_folder, self._config) from None
+            raise _exhausted(self._outcome, self._folder, self._config) from None
         if isinstance(self._outcome, RayError):
             raise _lost(self._outcome) from None
         if isinstance(self._outcome, BaseException):
@@ -94,7 +101,7 @@ class Attempt:
         assert self._outcome is not None
         return self._outcome
 
-    def _trainer(self, payload: dict[str, Any], storage: Path) -> TorchTrainer:
+    def _trainer(self, payload: dict[str, Any]) -> TorchTrainer:
         cluster = self._config.cluster
         # What Ray Train takes from the environment; what the user has set stays.
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(self._config.train.collective_timeout_s))
@@ -114,7 +121,8 @@ class Attempt:
             ),
             run_config=RunConfig(
                 name=self._name,
-                storage_path=str(storage),
+                storage_path=self._folder.at(".ray"),
+                storage_filesystem=self._folder.fs if self._folder.remote else None,
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
                 callbacks=[notices.NoteSigterm()],  # pyright: ignore[reportArgumentType]
             ),
@@ -168,13 +176,21 @@ class Attempt:
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
     """The training function of a Ray Train worker. What cannot go on is returned: Ray would retry whatever is raised."""
-    run = RayRun(Folder.local(payload["folder"]), payload["attempt"])
-    if run.rank == 0:
-        notices.mark_begun(run.attempt)
+    why = Why.NO_REASON
     try:
-        fit(validate(payload["config"]), run, open_test=payload["open_test"])
+        config = validate(payload["config"])
+        folder = folder_at(payload["folder"], storage_of(config))
+        if isinstance(folder, StoreFolder) and payload["fence"] is not None:
+            folder = fenced(folder, payload["fence"])
+        run = RayRun(folder, payload["attempt"])
+        if run.rank == 0:
+            notices.mark_begun(run.attempt)
+        try:
+            fit(config, run, open_test=payload["open_test"])
+        finally:
+            why = run.why
     except MedtlError as error:
-        return {"error": type(error).__name__, "message": error.message, "why": int(run.why)}
+        return {"error": type(error).__name__, "message": error.message, "why": int(why)}
     return {"error": "", "message": "", "why": 0}
 
 
@@ -226,14 +242,15 @@ def _lost(error: Exception) -> Interrupted:
     )
 
 
-def _exhausted(error: TrainingFailedError, run_folder: Path, config: Config) -> TrainingError:
+def _exhausted(error: TrainingFailedError, folder: Folder, config: Config) -> TrainingError:
     """The error of a run whose restarts are used up; the whole story goes into a file of the run folder."""
     causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
     lines = [line.strip() for line in str(causes[0] if causes else error).splitlines() if line.strip()] or [repr(error)]
     # A traceback ends with its message; what Ray says of a lost worker begins with it.
     cause = (lines[-1] if lines[0].startswith(("Traceback", "\x1b[36m")) else lines[0])[:300]
-    (run_folder / "failure.txt").write_text(str(error), encoding="utf-8")
+    with suppress(OSError, MedtlError):
+        folder.write("failure.txt", str(error).encode())
     return TrainingError(
         f"training stopped after {config.cluster.max_failures} restarts: {cause} "
-        f"Details: {run_folder / 'failure.txt'}; the same command with --resume goes on from the last checkpoint."
+        f"Details: {folder.url}/failure.txt; the same command with --resume goes on from the last checkpoint."
     )

@@ -104,10 +104,20 @@ def adopt(folder: str | Path, options: AdoptOptions | None = None, progress: Pro
     try:
         tasks = _tasks(path, options)
         with work_folder(path) as work:
+            _refuse_mount(path, work)
             _adopt(path, work, tasks, options, progress)
     except OSError as error:
         raise UserError(f"cannot index {folder}: {error.strerror or type(error).__name__}") from None
     return open_dataset(path)
+
+
+def _refuse_mount(folder: Path, work: Path) -> None:
+    """Raises: UserError, before anything is read, where the index could not be moved into ``folder`` in one step."""
+    if os.stat(folder).st_dev != os.stat(work).st_dev:
+        raise UserError(
+            f"{folder} is a disk of its own, on which an index can't appear all at once: move the tars into a folder on it "
+            "and index that"
+        )
 
 
 def _tasks(folder: Path, options: AdoptOptions) -> list[Task]:

@@ -24,6 +24,7 @@ from medtl_dist.data.audit import Audit, audit
 from medtl_dist.data.audit_scan import Progress, Scan
 from medtl_dist.data.encoding import Stored
 from medtl_dist.data.findings import Match, components
+from medtl_dist.data.manifest import cautions_of_counts
 from medtl_dist.data.plan import Piece
 from medtl_dist.data.private import KEY_FILE, LINKAGE_FILE, PROBLEMS_FILE, private_folder, write_private
 from medtl_dist.data.reader import Reader
@@ -155,10 +156,14 @@ def _write(seen: Scan, plan: Plan, folder: Path, done: Callable[[int], None]) ->
     mended = "duplicates joined"
     grouped = seen.dataset.group_source
     note = f"made by data audit --fix: {plan.changes['joined_groups']} groups joined, {written} images written"
+    names = seen.groups.to_pylist()
+    before = cautions_of_counts(source["splits"], Counter(names[group] for group in seen.group.tolist()))
+    kept_cautions = [caution for caution in source.get("cautions", []) if caution not in before]
     return source | {
         "splits": {split: splits[split] for split in SPLITS if split in splits},
         "group_source": grouped if grouped == "none" or grouped.endswith(mended) else f"{grouped}, {mended}",
         "notes": [*source.get("notes", []), note],
+        "cautions": [*kept_cautions, *cautions_of_counts(splits, Counter(plan.group))],
         "fix": plan.changes,
         "audit": None,
         "index": index,

@@ -314,6 +314,13 @@ def cautions(
         found.append(caution)
     if manifest.identities.source == "none":
         found.append("patients are unknown (group_source none): one patient's images may be in more than one split")
+    sizes = Counter(manifest.identities.groups[row] for rows in manifest.order.values() for row in rows)
+    return [*found, *cautions_of_counts(splits, sizes)]
+
+
+def cautions_of_counts(splits: Mapping[str, Mapping[str, Any]], group_sizes: Mapping[str, int]) -> list[str]:
+    """What the counts alone tell: of ``dataset.json`` by split, and of the images of each group."""
+    found: list[str] = []
     for name in SPLITS:
         if name not in splits:
             found.append(f"there is no {name} split")
@@ -323,9 +330,7 @@ def cautions(
                 found.append(f"split {name} has no image of class {label!r}")
             elif splits[name].get("negatives", {}).get(label, 1) == 0:
                 found.append(f"split {name} has no image known to be without class {label!r}")
-    sizes = Counter(manifest.identities.groups[row] for rows in manifest.order.values() for row in rows)
-    total = sum(sizes.values())
-    largest = max(sizes.values(), default=0)
+    total, largest = sum(group_sizes.values()), max(group_sizes.values(), default=0)
     if largest >= 10 and largest > total / 4:
         found.append(f"one group has {largest} of {total} images: is its id a placeholder such as 'unknown'?")
     return found

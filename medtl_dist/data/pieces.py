@@ -193,8 +193,9 @@ class Reader:
                 f"can't read {self._path(shard)} ({error.strerror}): copy the set again or pack it again"
             ) from None
         try:
-            data = _pread(handle, start, stop - start)
             end = os.fstat(handle).st_size
+            # An index may promise any length; memory is asked for only where the file has it.
+            data = _pread(handle, start, stop - start) if stop <= end else b""
         except OSError as error:
             raise DataError(f"can't read {self._path(shard)} ({error.strerror}): check the disk") from None
         finally:
@@ -256,9 +257,12 @@ def _parse_rows(table: pa.Table) -> Rows:
     if any(column.null_count for column in columns):
         raise DataError("the index is damaged (empty fields): copy the set again or pack it again")
     # Not to_numpy(): it imports pandas, half a second and 40 MiB in every loader process.
-    labels = label_sets.column_to_sets(label) if pa.types.is_list(label.type) else np.from_dlpack(label)
+    numbers = [np.from_dlpack(column).astype(np.int64, copy=False) for column in (offset, size)]
+    labels = label_sets.column_to_sets(label) if pa.types.is_list(label.type) else None
+    if labels is None:
+        labels = np.from_dlpack(label).astype(np.int64, copy=False)
     keys, digests = (b"".join(column.to_pylist()) for column in (key, sha256))
-    return Rows(keys, digests, labels, np.from_dlpack(offset), np.from_dlpack(size))
+    return Rows(keys, digests, labels, *numbers)
 
 
 def _pread(handle: int, offset: int, length: int) -> bytes:

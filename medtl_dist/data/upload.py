@@ -7,6 +7,7 @@ looks who else is there: of two that begin at once at least one sees the other, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import shutil
 import tempfile
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from medtl_dist.data.shards import DATASET_FILE
 from medtl_dist.errors import Interrupted, MedtlError, UserError
-from medtl_dist.storage import Folder, Place, StorageOptions, Transient, classify, parse_place
+from medtl_dist.storage import Folder, Place, StorageOptions, Transient, bounded, classify, parse_place
 
 NUM_UPLOADS = 4
 _TRIES = 3
 _CHUNK = 8 * 2**20
+_SLOWEST = 128 * 2**10  # bytes a second: a server that takes less is given up, since the SDK would wait for ever
 _MARK = ".packing-"
 
 Progress = Callable[[int, int], None]
@@ -39,7 +41,9 @@ def staged_upload(
         Interrupted: the upload failed; the packed set stays in ``staging``, named in the message.
     """
     place = parse_place(url)
+    storage = storage or StorageOptions()
     folder = Folder.at_url(url, storage)
+    patience_s = storage.timeout_s * (storage.retries + 1)
     mark = _MARK + secrets.token_hex(8)
     _claim(folder, place, mark)
     try:
@@ -47,7 +51,7 @@ def staged_upload(
         packed = work / place.name
         try:
             yield packed
-            _upload(packed, folder, place, mark, progress or (lambda done, total: None))
+            _upload(packed, folder, place, mark, patience_s, progress or (lambda done, total: None))
         except _UploadFailed as failed:
             kind = UserError if isinstance(failed.cause, UserError) else Interrupted
             raise kind(
@@ -110,16 +114,16 @@ def _refuse(names: list[str], place: Place) -> None:
         )
 
 
-def _upload(packed: Path, folder: Folder, place: Place, mark: str, progress: Progress) -> None:
+def _upload(packed: Path, folder: Folder, place: Place, mark: str, patience_s: float, progress: Progress) -> None:
     names = sorted(path.name for path in packed.iterdir() if path.name != DATASET_FILE)
     try:
-        _put_all(packed, names, folder, progress)
+        _put_all(packed, names, folder, patience_s, progress)
         if set(folder.names()) != {*names, mark}:
             # Nothing is removed: what has our names may be the other one's by now.
             raise _UploadFailed(
                 UserError(f"{place.url} has been written to by somebody else meanwhile: name a new address with --out")
             )
-        _put(packed, DATASET_FILE, folder)
+        _put(packed, DATASET_FILE, folder, patience_s)
         progress(len(names) + 1, len(names) + 1)
     except OSError as error:
         _remove(folder, names)
@@ -129,10 +133,10 @@ def _upload(packed: Path, folder: Folder, place: Place, mark: str, progress: Pro
         raise _UploadFailed(Interrupted(f"{place.url}: the upload was stopped")) from None
 
 
-def _put_all(packed: Path, names: list[str], folder: Folder, progress: Progress) -> None:
+def _put_all(packed: Path, names: list[str], folder: Folder, patience_s: float, progress: Progress) -> None:
     pool = ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="medtl-upload")
     try:
-        for done, _ in enumerate(pool.map(lambda name: _put(packed, name, folder), names), start=1):
+        for done, _ in enumerate(pool.map(lambda name: _put(packed, name, folder, patience_s), names), start=1):
             progress(done, len(names) + 1)
     finally:
         pool.shutdown(cancel_futures=True)  # what has not begun is not begun, Ctrl-C or not
@@ -144,24 +148,32 @@ def _remove(folder: Folder, names: list[str]) -> None:
             folder.delete(name)
 
 
-def _put(packed: Path, name: str, folder: Folder) -> None:
-    """One file, whole, or OSError after three tries (of each of which the SDK repeats failed requests)."""
+def _put(packed: Path, name: str, folder: Folder, patience_s: float) -> None:
+    """One file, whole, or OSError after three tries (of each of which the SDK repeats failed requests).
+
+    ``patience_s``: how long a try may take beside the time that its bytes need on the slowest line worth waiting for.
+    """
+    limit_s = patience_s + (packed / name).stat().st_size / _SLOWEST
     for remaining in reversed(range(_TRIES)):
         try:
-            with (
-                (packed / name).open("rb") as file,
-                folder.fs.open_output_stream(folder.at(name), compression=None) as out,
-            ):
-                while chunk := file.read(_CHUNK):
-                    out.write(chunk)
-            length = folder.fs.get_file_info(folder.at(name)).size
-            if length != (packed / name).stat().st_size:
-                raise OSError(f"{length} bytes arrived")
+            bounded(lambda: _put_once(packed, name, folder), limit_s)
             return
+        except Transient as error:
+            if not remaining:
+                raise OSError(errno.ETIMEDOUT, str(error)) from None
         except OSError as error:
             if not remaining or isinstance(classify(error, name), MedtlError):
                 raise
-            time.sleep(1.0)
+        time.sleep(1.0)
+
+
+def _put_once(packed: Path, name: str, folder: Folder) -> None:
+    with (packed / name).open("rb") as file, folder.fs.open_output_stream(folder.at(name), compression=None) as out:
+        while chunk := file.read(_CHUNK):
+            out.write(chunk)
+    length = folder.fs.get_file_info(folder.at(name)).size
+    if length != (packed / name).stat().st_size:
+        raise OSError(f"{length} bytes arrived")
 
 
 def _explained(error: OSError, place: Place) -> MedtlError:

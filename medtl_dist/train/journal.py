@@ -1,6 +1,7 @@
 """fit → log.jsonl, progress.json and TensorBoard events: what a person or a terminal follows while a run goes on.
 
 Only rank 0 writes. ``log.jsonl`` grows by a line per note and per epoch; ``progress.json`` is replaced about every second.
+Where the run folder lies in a store they grow on a local disk, and an ``Outbox`` carries them there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from medtl_dist.run import Folder, Run
+from medtl_dist.store_folder import StoreFolder
+from medtl_dist.train.outbox import Outbox
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -26,7 +29,11 @@ class Journal:
         self._folder: Folder | None = run.folder if run.rank == 0 else None
         self._last_progress = 0.0
         self._writer: SummaryWriter | None = None
+        self._outbox: Outbox | None = None
         if self._folder is not None:
+            if isinstance(self._folder, StoreFolder):
+                self._outbox = Outbox(self._folder, kept=("log.jsonl",))
+                self._folder = Folder.local(self._outbox.here)
             self._writer = SummaryWriter(str(self._folder.local_path / "events"), purge_step=first_step or None)
 
     def note(self, text: str) -> None:
@@ -41,6 +48,7 @@ class Journal:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()
+            self._carry("events")
 
     def due(self) -> bool:
         """Whether it is time for :meth:`progress` again; asked so that a loss need not leave its device for nothing."""
@@ -52,11 +60,15 @@ class Journal:
             self._last_progress = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report, on every rank
                 self._folder.write("progress.json", json.dumps(dict(row)).encode())
+            self._carry("progress.json")
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if self._folder is None:
@@ -64,3 +76,11 @@ class Journal:
         stamped = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | dict(row)
         with contextlib.suppress(OSError), (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(stamped) + "\n")
+        self._carry("log.jsonl")
+
+    def _carry(self, name: str) -> None:
+        """Have a file, or the files of a folder, put to the store where the run folder lies in one."""
+        if self._outbox is not None:
+            place = self._outbox.here / name
+            for path in place.iterdir() if place.is_dir() else [place]:
+                self._outbox.changed(str(path.relative_to(self._outbox.here)))

@@ -137,7 +137,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         class_weights=agreed(lambda: _class_weights(config, dataset, run.device)),
         plan=plan,
         threads=threads,
-        journal=Journal(run, first_step=step or 0),
+        journal=agreed(lambda: Journal(run, first_step=step or 0)),
         position=Position(),
         started=started,
         warm=warm or Warm(),
@@ -185,7 +185,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     )
 
 
-def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path) -> None:
+def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path | str) -> None:
     """Whether a finished run's results are of the config's data set. Raises UserError."""
     if open_shards(config).sha256 != results["provenance"]["dataset_sha256"]:
         raise UserError(

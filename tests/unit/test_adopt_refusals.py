@@ -134,3 +134,19 @@ def test_one_class_and_mixed_kinds_are_refused(tmp_path: Path) -> None:
     assert "text in some samples and numbers in others" in refused(
         tmp_path / "mixed", UserError, fields=Fields(keep=("age",))
     )
+
+
+def test_a_folder_that_is_a_disk_of_its_own_is_refused_before_a_tar_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_stat = os.stat
+
+    def stat(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        found = true_stat(path, *args, **more)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10])) if path == folder else found
+
+    monkeypatch.setattr(os, "stat", stat)
+    (folder / "train-000.tar").write_bytes(b"never read")
+    with pytest.raises(UserError, match="is a disk of its own"):
+        adopt(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(p.name for p in folder.glob("*.tar"))

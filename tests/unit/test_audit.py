@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +19,8 @@ from typer.testing import CliRunner
 from medtl_dist.cli import main as cli
 from medtl_dist.data.audit import Audit, audit, record, refuse_leaks
 from medtl_dist.data.audit_accept import read_accepted
-from medtl_dist.data.audit_fix import fix
-from medtl_dist.data.findings import Finding
+from medtl_dist.data.audit_fix import fix, plan_fix
+from medtl_dist.data.findings import Finding, Match
 from medtl_dist.data.fingerprint import NUM_VARIANTS
 from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.shards import Dataset, open_dataset, read_split
@@ -177,6 +179,25 @@ def test_fix_joins_moves_and_leaves_the_old_set_alone(leaking: Dataset, found: A
         key.hex(): (row["split"], row["group"], "packed") for key, row in new.items()
     }
     assert oct((tmp_path / "new.private").stat().st_mode)[-3:] == "700"
+
+
+def test_fix_joins_what_is_confirmed_and_no_candidate(found: Audit) -> None:
+    confirmed = {group for match in found.matches if match.level == "confirmed" for group in match[:2]}
+    strangers = [image for image in range(len(found.seen)) if image not in confirmed][:2]
+    candidate = Match(strangers[0], strangers[1], "candidate", 0.7, "as it is")
+    assert plan_fix(found.seen, [*found.matches, candidate], {}) == plan_fix(found.seen, found.matches, {})
+    joined = plan_fix(found.seen, [*found.matches, candidate._replace(level="confirmed")], {})
+    assert joined.changes["joined_groups"] == 10
+
+
+def test_fix_says_of_the_new_counts_what_packing_would(found: Audit, tmp_path: Path) -> None:
+    """Cautions that the moves have settled, or made, are told anew; the others stay."""
+    info = copy.deepcopy(found.seen.dataset.info)
+    info["splits"]["val"]["classes"]["sick"] = 0  # as if val had none before the moves
+    info["cautions"] = ["there is no dark room", "split val has no image of class 'sick'"]
+    seen = dataclasses.replace(found.seen, dataset=dataclasses.replace(found.seen.dataset, info=info))
+    mended, _ = fix(dataclasses.replace(found, seen=seen), tmp_path / "new", num_workers=1)
+    assert mended.info["cautions"] == ["there is no dark room"]
 
 
 def test_fix_is_deterministic_and_an_untouched_set_of_images_keeps_its_bytes(found: Audit, tmp_path: Path) -> None:

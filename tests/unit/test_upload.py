@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from medtl_dist.data import upload
 from medtl_dist.errors import Interrupted, UserError
-from medtl_dist.storage import Folder
+from medtl_dist.storage import Folder, StorageOptions
 
 FILES = ("dataset.json", "index.parquet", "train-000000.tar", "train-000001.tar")
 
@@ -61,3 +62,26 @@ def test_what_another_writer_has_put_there_meanwhile_is_left_alone(store: Path, 
         packed_into(folder)
     assert "dataset.json" not in {path.name for path in store.iterdir()}
     assert (store / "test-000000.tar").read_text() == "theirs"
+
+
+def test_a_server_that_takes_the_bytes_but_never_the_last_is_given_up(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, tries = threading.Event(), []
+
+    def trickle(packed: Path, name: str, folder: Folder) -> None:
+        tries.append(name)
+        over.wait(60)
+
+    monkeypatch.setattr(upload, "_put_once", trickle)
+    try:
+        with (
+            pytest.raises(Interrupted, match=r"no answer within 0 s.*the packed set is whole in "),
+            upload.staged_upload(
+                "s3://bucket/set", tmp_path / "staging", StorageOptions(timeout_s=0.05, retries=0)
+            ) as folder,
+        ):
+            packed_into(folder)
+    finally:
+        over.set()
+    assert tries.count("index.parquet") == 3
