@@ -176,7 +176,7 @@ class Attempt:
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
     """The training function of a Ray Train worker. What cannot go on is returned: Ray would retry whatever is raised."""
-    why = Why.NO_REASON
+    run: RayRun | None = None
     try:
         config = validate(payload["config"])
         folder = folder_at(payload["folder"], storage_of(config))
@@ -185,12 +185,9 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         run = RayRun(folder, payload["attempt"])
         if run.rank == 0:
             notices.mark_begun(run.attempt)
-        try:
-            fit(config, run, open_test=payload["open_test"])
-        finally:
-            why = run.why
+        fit(config, run, open_test=payload["open_test"])
     except MedtlError as error:
-        return {"error": type(error).__name__, "message": error.message, "why": int(why)}
+        return {"error": type(error).__name__, "message": error.message, "why": int(run.why) if run else 0}
     return {"error": "", "message": "", "why": 0}
 
 

@@ -58,12 +58,10 @@ def save(session: Session) -> None:
             check_weights(session.network.model)
             checkpoint.save(run.folder, position.global_step, weights=weights, state=state, meta=_meta(session, best))
             checkpoint.retain(run.folder, best=best["checkpoint"] if best else None, newest=position.global_step)
-        except MedtlError as error:  # a store's
+        except MedtlError as error:  # of weights that are not finite, or a store's
             failure = error
         except OSError as error:
             failure = disk_error(run, error)
-        except TrainingError as error:
-            failure = error
     session.saved_at = time.monotonic()
     collectives.raise_together(failure)
     session.saved_step = position.global_step
