@@ -87,14 +87,12 @@ class Machine:
     def ray(self, code: str) -> str:
         """The last line that ``code`` prints, in a process that is connected to the cluster's control service as ``gcs``."""
         program = f"from ray._raylet import GcsClient\ngcs = GcsClient(address={self.address!r})\n{code}"
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        try:
+            done = subprocess.run(
+                self._python(program), env=self.environment(), capture_output=True, text=True, check=False, timeout=60
+            )
+        except subprocess.TimeoutExpired:  # not up yet
+            return ""
         return done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else ""
 
     def _python(self, code: str) -> list[str]:

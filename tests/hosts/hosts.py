@@ -135,9 +135,9 @@ class Hosts(Machine):
 
     def power_off(self, host: Host) -> None:
         """Every process of the host at once: its process 1 is gone, and with it the whole namespace."""
-        assert host.node is not None
-        os.kill(host.first_pid, signal.SIGKILL)
-        host.node.wait()
+        if host.node is not None and host.node.poll() is None:  # a node that was drained may have ended by itself
+            os.kill(host.first_pid, signal.SIGKILL)
+            host.node.wait()
         host.node = None
 
     def plug(self, host: Host, *, plugged: bool) -> None:
@@ -160,8 +160,7 @@ class Hosts(Machine):
 
     def close(self) -> None:
         for host in self.hosts:
-            if host.node is not None and host.node.poll() is None:
-                self.power_off(host)
+            self.power_off(host)
         super().close()
         for name in (*(host.name for host in self.hosts), self._switch):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
