@@ -289,6 +289,10 @@ class Train(Section):
         default=None,
         description="Checkpoints within an epoch, so many minutes after the last; null: none by the clock.",
     )
+    max_nonfinite_steps: PositiveInt = Field(
+        default=3,
+        description="Stop after so many steps in a row whose loss is not finite; each is left out, and logged.",
+    )
     threads: PositiveInt | None = Field(
         default=None, description="CPU threads per rank; null: the rank's share. Bits depend on it."
     )
@@ -401,9 +405,13 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Restarts from the last checkpoint after a lost worker."
     )
+    wait_for_workers_s: float = Field(default=600.0, ge=0, description="Wait so long for lost nodes, then exit 75.")
+    stop_grace_s: PositiveInt = Field(default=120, description="Wait so long after SIGTERM for the last checkpoint.")
 
     @model_validator(mode="after")
     def _elastic_bounds(self) -> Cluster:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError("min_workers can't be above num_workers")
+        if self.min_workers is not None and self.max_failures == 0:
+            raise ValueError("min_workers needs max_failures above 0: a lost node is a restart")
         return self

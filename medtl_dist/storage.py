@@ -187,16 +187,17 @@ def _filesystem(
     return pafs.S3FileSystem(
         anonymous=options.anonymous,
         endpoint_override=endpoint,
-        region=_region(bucket, endpoint),
+        region=region_of(bucket, endpoint),
         tls_ca_file_path=options.authorities,
         connect_timeout=min(_CONNECT_S, options.timeout_s),
         request_timeout=options.timeout_s,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         background_writes=False,  # a failed part is told by the write that made it
+        allow_delayed_open=True,  # a small file is one request, and a writer that is killed leaves no part of it
     )
 
 
-def _region(bucket: str, endpoint: str | None) -> str | None:
+def region_of(bucket: str, endpoint: str | None) -> str | None:
     """The environment's, else the bucket's own at Amazon; other servers mostly don't care which is signed for."""
     given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if given or os.environ.get("AWS_PROFILE"):
@@ -306,10 +307,11 @@ def leave_if_stuck(code: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as filesystem and path; names below it use ``/``. Training writes to local ones only so far."""
+    """A folder as filesystem and path; names below it use ``/``. Run folders in stores: ``store_folder.StoreFolder``."""
 
     fs: pafs.FileSystem
     path: str
+    remote = False
 
     @classmethod
     def local(cls, path: str | Path) -> Folder:
@@ -320,6 +322,10 @@ class Folder:
         """The folder at a path or an ``s3://`` or ``gs://`` address. Raises: UserError, another kind of place."""
         place = parse_place(url)
         return cls(filesystem(place, options or StorageOptions()), place.path)
+
+    @property
+    def url(self) -> str:
+        return self.path  # what names it for a person, and for another process
 
     def at(self, name: str) -> str:
         return f"{self.path}/{name}"

@@ -12,17 +12,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-_EVERY_S = 0.5
+from medtl_dist.errors import MedtlError
+from medtl_dist.storage import Folder
+from medtl_dist.store_folder import StoreFolder
+
+_EVERY_S, _EVERY_S_IN_STORE = 0.5, 5.0
 
 
 @contextlib.contextmanager
-def following(run_folder: Path) -> Iterator[None]:
+def following(run_folder: Folder | Path) -> Iterator[None]:
     """Print what the run logs while the block runs. It reads files only, so it serves a cluster's run as well."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    log = run_folder / "log.jsonl"
-    seen = log.stat().st_size if log.exists() else 0
-    progress_file = run_folder / "progress.json"
-    progress_file.unlink(missing_ok=True)  # an earlier attempt's
+    folder = run_folder if isinstance(run_folder, Folder) else Folder.local(run_folder)
+    every_s = _EVERY_S
+    if isinstance(folder, StoreFolder):
+        folder, every_s = folder.once(), _EVERY_S_IN_STORE
+    seen = len(_read(folder, "log.jsonl"))
+    _forget_progress(folder)  # an earlier attempt's
     done = threading.Event()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[facts]}"), console=console,
@@ -33,9 +39,9 @@ def following(run_folder: Path) -> Iterator[None]:
         nonlocal seen
         task = bar.add_task("starting", total=None, facts="")
         while True:
-            last_round = done.wait(_EVERY_S)
-            seen = _print_new_lines(console, log, seen)
-            row = _read_progress(progress_file)
+            last_round = done.wait(every_s)
+            seen = _print_new_lines(console, _read(folder, "log.jsonl"), seen)
+            row = _read_progress(folder)
             if row:
                 bar.update(
                     task,
@@ -55,7 +61,7 @@ def following(run_folder: Path) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-    progress_file.unlink(missing_ok=True)
+    _forget_progress(folder)
 
 
 def progress_facts(row: dict[str, Any]) -> str:
@@ -84,22 +90,30 @@ def epoch_line(row: dict[str, Any]) -> str:
     )
 
 
-def _print_new_lines(console: Console, log: Path, seen: int) -> int:
+def _print_new_lines(console: Console, log: bytes, seen: int) -> int:
     """Print the complete lines of the log from byte ``seen`` on; return where the next ones start."""
-    if not log.exists():
-        return seen
-    with log.open("rb") as file:
-        file.seek(seen)
-        data = file.read()
-    complete = data[: data.rfind(b"\n") + 1]
+    complete = log[seen : log.rfind(b"\n") + 1]
     for line in complete.splitlines():
         row = json.loads(line)
         console.print(row["text"] if row["kind"] == "note" else epoch_line(row), markup=False)
     return seen + len(complete)
 
 
-def _read_progress(path: Path) -> dict[str, Any] | None:
+def _read_progress(folder: Folder) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(_read(folder, "progress.json"))
+    except ValueError:
         return None
+
+
+def _read(folder: Folder, name: str) -> bytes:
+    """The file's bytes; none where there is no file, or a store can't be asked just now."""
+    try:
+        return folder.read(name)
+    except MedtlError:
+        return b""
+
+
+def _forget_progress(folder: Folder) -> None:
+    with contextlib.suppress(MedtlError):
+        folder.delete("progress.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,16 +11,17 @@ from medtl_dist.cli.follow import epoch_line, progress_facts
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[str, typer.Argument(help="Run folder, or its s3:// or gs:// address.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Say where a run stands, while it goes on or after it.
 
     Example: medtl status runs/chest-resnet101-20261123-031500
     """
-    from medtl_dist.train.status import status_of
+    from medtl_dist.store_folder import folder_at
+    from medtl_dist.train.run_store import status_in
 
-    found = status_of(run)
+    found = status_in(folder_at(run))
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return

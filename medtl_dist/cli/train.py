@@ -6,15 +6,17 @@ What needs torch is imported where it is used: `medtl --help` and the packing pr
 from __future__ import annotations
 
 import json
-import re
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medtl_dist.config import FROM_STAGE, Config, load_config, validate
 from medtl_dist.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from medtl_dist.storage import Folder
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Named config: resnet101, resnet101_head, classic, …")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; wins over the preset.")]
@@ -26,7 +28,9 @@ def train(
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; made if missing.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="Run folder, made if missing; or an s3:// or gs:// address.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir if it holds one.")] = False,
     test: Annotated[
         bool, typer.Option("--test", help="Score the test split once at the end; the ledger counts it.")
@@ -44,23 +48,24 @@ def train(
     if dry_run:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    if run_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(run_dir)):  # Path has made one slash of two
-        raise UserError(
-            f"--run-dir {str(run_dir).replace(':/', '://', 1)}: run folders can't be on object stores yet; give a folder that "
-            "all nodes of the cluster mount."
-        )
     from medtl_dist.train.run_folder import default_run_folder
 
     run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
 
 
-def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool = False) -> dict[str, Any]:
+def run_train(
+    config: Config, run_dir: Path | str, *, resume: bool, test: bool, as_json: bool = False
+) -> dict[str, Any]:
     """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
+    from medtl_dist.storage import parse_place
+    from medtl_dist.store_folder import folder_at
     from medtl_dist.train.session import check_inputs
 
     config = _with_absolute_paths(config)
-    run_dir = run_dir.absolute()
-    if config.transfer.stages:
+    place = parse_place(run_dir)
+    run_dir = place.url if place.remote else Path(place.url)
+    folder_at(run_dir)
+    if config.transfer.stages and isinstance(run_dir, Path):
         return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
     outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test)
@@ -73,26 +78,24 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     return outcome
 
 
-def _run_one(config: Config, run_dir: Path, *, resume: bool, test: bool) -> tuple[dict[str, Any], Path, bool]:
+def _run_one(config: Config, run_dir: Path | str, *, resume: bool, test: bool) -> tuple[dict[str, Any], str, bool]:
     """One training with its report: its results, the report, and whether it had finished before."""
     from medtl_dist.cli.follow import following
-    from medtl_dist.report.build import build_report
-    from medtl_dist.storage import Folder
+    from medtl_dist.report.build import build_report_in
     from medtl_dist.train import results
-    from medtl_dist.train.run_folder import opened_run_folder
+    from medtl_dist.train.run_store import opened_run
     from medtl_dist.train.session import check_same_data
 
-    with opened_run_folder(run_dir, config, resume=resume) as folder:
-        place = Folder.local(folder)
+    with opened_run(run_dir, config, resume=resume, say=lambda text: typer.echo(text, err=True)) as place:
         done = place.exists("results.json")
         if done:
             check_same_data(config, results.read_results(place), run_dir)
             done = not test or "test" in results.read_results(place)["splits"]
         if not done:
-            with following(folder):
-                _train_somewhere(config, folder, test=test)
-        report_path = build_report(folder)
-    return results.read_results(place), report_path, done
+            with following(place):
+                _train_somewhere(config, place, test=test)
+        report_path = build_report_in(place)
+        return results.read_results(place), report_path, done
 
 
 def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
@@ -127,16 +130,16 @@ def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_js
     return outcome
 
 
-def _train_somewhere(config: Config, folder: Path, *, test: bool) -> None:
+def _train_somewhere(config: Config, place: Folder, *, test: bool) -> None:
     if config.cluster.num_workers > 0:
         from cluster.launch import launch_training  # Ray is imported only where it is used
 
-        launch_training(config, folder, open_test=test)
+        launch_training(config, place if place.remote else place.local_path, open_test=test)
         return
-    from medtl_dist.run import Folder, LocalRun
+    from medtl_dist.run import LocalRun
     from medtl_dist.train.loop import fit
 
-    run = LocalRun(Folder.local(folder))
+    run = LocalRun(place)
     run.stop_on_signals()
     try:
         fit(config, run, open_test=test)
@@ -150,7 +153,7 @@ def _train_somewhere(config: Config, folder: Path, *, test: bool) -> None:
 
 
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a finished run.")],
     split: Annotated[str, typer.Option("--split", help="val or test; scoring test is counted in the ledger.")] = "val",
     as_json: AsJson = False,
 ) -> None:
@@ -160,21 +163,22 @@ def evaluate(
     """
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: expected val or test.")
-    from medtl_dist.report.build import build_report
-    from medtl_dist.run import Folder, LocalRun
+    from medtl_dist.report.build import build_report_in
+    from medtl_dist.run import LocalRun
+    from medtl_dist.store_folder import folder_at
     from medtl_dist.train import results
     from medtl_dist.train.rescore import evaluate_run
 
-    run_dir = run_dir.absolute()
-    entry = evaluate_run(LocalRun(Folder.local(run_dir)), split)
-    report_path = build_report(run_dir)
+    place = folder_at(run_dir)
+    entry = evaluate_run(LocalRun(place), split)
+    report_path = build_report_in(place)
     if as_json:
         typer.echo(json.dumps(entry))
         return
-    print_outcome(results.read_results(Folder.local(run_dir)), report_path)
+    print_outcome(results.read_results(place), report_path)
 
 
-def print_outcome(outcome: dict[str, Any], report_path: Path) -> None:
+def print_outcome(outcome: dict[str, Any], report_path: Path | str) -> None:
     """The few lines that a user reads at the end."""
     for split, entry in outcome["splits"].items():
         typer.echo(f"{split:5} {describe_auc(entry)}; {describe_size(entry)}")

@@ -28,6 +28,8 @@ from medtl_dist.report.tables import (
 )
 from medtl_dist.report.views import split_view
 from medtl_dist.report.wording import moment
+from medtl_dist.storage import Folder
+from medtl_dist.store_folder import StoreFolder, fetched
 
 REPORT = "report.html"
 
@@ -49,6 +51,16 @@ def build_report(run_folder: Path) -> Path:
             f"{target} can't be written ({error.strerror}): free space or change the folder's rights"
         ) from error
     return target
+
+
+def build_report_in(folder: Folder) -> str:
+    """As ``build_report``, wherever the run folder lies; returns the page's path or address."""
+    if not isinstance(folder, StoreFolder):
+        return str(build_report(folder.local_path))
+    folder.expect_run()
+    with fetched(folder, ("config.yaml", "results.json", "history.parquet")) as here:
+        folder.write(REPORT, build_report(here).read_bytes())
+    return folder.shown(REPORT)
 
 
 def render(record: Record) -> str:

@@ -4,6 +4,9 @@
 weights that learn where others are scored: loadable with ``weights_only=True``), ``meta.json`` (position, classes,
 preprocessing, history) and, written last, ``manifest.json`` with the SHA-256 of the others. Without a manifest that
 verifies it is not a checkpoint.
+
+In a store the folder is ``checkpoints/<step>-<fence>/``: nothing that a writer still does after it has lost its lease can touch
+what its successor, whose fence is higher, has written. The newest checkpoint is the highest fence's.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from medtl_dist.errors import DataError
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder
 
 FORMAT_VERSION = 1
 _FILES = ("model.safetensors", "state.pt", "meta.json")
@@ -40,45 +44,66 @@ def save(
         "state.pt": buffer.getvalue(),
         "meta.json": json.dumps(meta, indent=1, allow_nan=False).encode(),
     }
-    place = _place(step)
+    fence = _fence(folder)
+    place = f"checkpoints/{_name(step, fence)}"
     folder.delete_tree(place)  # a remnant of an interrupted write of the same step
     for name, data in contents.items():
         folder.write(f"{place}/{name}", data)
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": files}
+    _make_sure(folder)
     folder.write(
-        f"{place}/manifest.json", json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1).encode()
+        f"{place}/manifest.json", json.dumps(manifest | ({"fence": fence} if fence else {}), indent=1).encode()
     )
 
 
 def steps(folder: Folder) -> list[int]:
     """Steps that have a checkpoint folder, whole or not, ascending."""
-    return sorted(int(name) for name in folder.names("checkpoints") if name.isdigit())
+    return sorted({step for _, step in _listed(folder)})
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """``(fence, step)`` of a checkpoint folder's name, the fence 0 where it has none; None for another name."""
+    step, _, fence = name.partition("-")
+    return (int(fence or 0), int(step)) if step.isdigit() and (fence or "0").isdigit() else None
 
 
 def verify(folder: Folder, step: int) -> dict[str, bytes]:
     """The files of a checkpoint, each checked against the manifest. Raises DataError naming the file that fails."""
-    place = _place(step)
+    if not folder.remote:
+        return _verify(folder, f"checkpoints/{_name(step, None)}")
+    failure: DataError | None = None
+    for fence, found in sorted(_listed(folder), reverse=True):
+        if found == step:
+            try:
+                return _verify(folder, f"checkpoints/{_name(step, fence or None)}")
+            except DataError as error:
+                failure = failure or error
+    raise failure or DataError(f"{folder.url}/checkpoints/{_name(step, None)}: there is no such checkpoint")
+
+
+def _verify(folder: Folder, place: str) -> dict[str, bytes]:
     if not folder.exists(f"{place}/manifest.json"):
-        raise DataError(f"{folder.at(place)}: no manifest, so it was never completed")
+        raise DataError(f"{folder.url}/{place}: no manifest, so it was never completed")
     try:
         listed = json.loads(folder.read(f"{place}/manifest.json"))
         version, files = listed["format_version"], {name: listed["files"][name] for name in _FILES}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{folder.at(place)}/manifest.json: damaged") from None
+        raise DataError(f"{folder.url}/{place}/manifest.json: damaged") from None
     if version != FORMAT_VERSION:
-        raise DataError(f"{folder.at(place)}: format version {version}, this program reads {FORMAT_VERSION}")
+        raise DataError(f"{folder.url}/{place}: format version {version}, this program reads {FORMAT_VERSION}")
     contents: dict[str, bytes] = {}
     for name in _FILES:
         data = folder.read(f"{place}/{name}")
         if len(data) != files[name]["bytes"] or hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
-            raise DataError(f"{folder.at(place)}/{name}: differs from its checksum")
+            raise DataError(f"{folder.url}/{place}/{name}: differs from its checksum")
         contents[name] = data
     return contents
 
 
 def latest(folder: Folder, warn: Callable[[str], None]) -> int | None:
     """The newest step whose checkpoint verifies; each damaged one passed over is told to ``warn``."""
-    for step in reversed(steps(folder)):
+    for _, step in sorted(_listed(folder), reverse=True):
         try:
             verify(folder, step)
         except DataError as error:
@@ -96,7 +121,9 @@ def load(folder: Folder, step: int) -> tuple[dict[str, Tensor], dict[str, Any], 
         state = torch.load(io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True)
         meta = json.loads(contents["meta.json"])
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise DataError(f"{folder.at(_place(step))}: can't be loaded ({type(error).__name__})") from None
+        raise DataError(
+            f"{folder.url}/checkpoints/{_name(step, None)}: can't be loaded ({type(error).__name__})"
+        ) from None
     return weights, state, meta
 
 
@@ -108,14 +135,32 @@ def load_meta(folder: Folder, step: int) -> dict[str, Any]:
 def retain(folder: Folder, *, best: int | None, newest: int) -> None:
     """Delete all but the best checkpoint, ``newest`` and the one before it.
 
-    What lies beyond ``newest`` did not verify when the run went on from an older checkpoint: it goes too.
+    What lies beyond ``newest`` did not verify when the run went on from an older checkpoint: it goes too. Of what a holder
+    of a later lease has written nothing goes.
     """
-    present = steps(folder)
-    kept = {best, *[step for step in present if step <= newest][-2:]}
-    for step in present:
-        if step not in kept:
-            folder.delete_tree(_place(step))
+    own = _fence(folder) or 0
+    present = [(fence, step) for fence, step in _listed(folder) if fence <= own]
+    kept = {best, *sorted({step for _, step in present if step <= newest})[-2:]}
+    doomed = [(fence, step) for fence, step in present if step not in kept]
+    if doomed:
+        _make_sure(folder)
+    for fence, step in doomed:
+        folder.delete_tree(f"checkpoints/{_name(step, fence or None)}")
 
 
-def _place(step: int) -> str:
-    return f"checkpoints/{step:08d}"
+def _listed(folder: Folder) -> list[tuple[int, int]]:
+    return [found for name in folder.names("checkpoints") if (found := parse_name(name)) is not None]
+
+
+def _name(step: int, fence: int | None) -> str:
+    return f"{step:08d}" if fence is None else f"{step:08d}-{fence:06d}"
+
+
+def _fence(folder: Folder) -> int | None:
+    return folder.fence if isinstance(folder, StoreFolder) else None
+
+
+def _make_sure(folder: Folder) -> None:
+    """Raises Interrupted where another process has taken the folder's lease over."""
+    if isinstance(folder, StoreFolder) and folder.guard is not None:
+        folder.guard(now=True)

@@ -1,6 +1,7 @@
 """fit → log.jsonl, progress.json and TensorBoard events: what a person or a terminal follows while a run goes on.
 
 Only rank 0 writes. ``log.jsonl`` grows by a line per note and per epoch; ``progress.json`` is replaced about every second.
+Where the run folder lies in a store they grow on a local disk, and an ``Outbox`` carries them there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from medtl_dist.config import Config
 from medtl_dist.run import Folder, Run
 from medtl_dist.train.mlflow_log import MlflowLog
+from medtl_dist.store_folder import StoreFolder
+from medtl_dist.train.outbox import Outbox
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -29,8 +32,12 @@ class Journal:
         self._folder: Folder | None = run.folder if run.rank == 0 else None
         self._last_progress = 0.0
         self._writer: SummaryWriter | None = None
+        self._outbox: Outbox | None = None
         self._mlflow: MlflowLog | None = None
         if self._folder is not None:
+            if isinstance(self._folder, StoreFolder):
+                self._outbox = Outbox(self._folder, kept=("log.jsonl",))
+                self._folder = Folder.local(self._outbox.here)
             if config.train.mlflow_uri is not None:
                 self._mlflow = MlflowLog(config, run.folder, self.note)
             self._writer = SummaryWriter(str(self._folder.local_path / "events"), purge_step=first_step or None)
@@ -47,6 +54,7 @@ class Journal:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()
+            self._carry("events")
         if self._mlflow is not None:
             self._mlflow.epoch(row, step)
 
@@ -60,6 +68,7 @@ class Journal:
             self._last_progress = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report, on every rank
                 self._folder.write("progress.json", json.dumps(dict(row)).encode())
+            self._carry("progress.json")
 
     def close(self) -> None:
         if self._mlflow is not None:
@@ -68,6 +77,9 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if self._folder is None:
@@ -75,3 +87,11 @@ class Journal:
         stamped = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | dict(row)
         with contextlib.suppress(OSError), (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(stamped) + "\n")
+        self._carry("log.jsonl")
+
+    def _carry(self, name: str) -> None:
+        """Have a file, or the files of a folder, put to the store where the run folder lies in one."""
+        if self._outbox is not None:
+            place = self._outbox.here / name
+            for path in place.iterdir() if place.is_dir() else [place]:
+                self._outbox.changed(str(path.relative_to(self._outbox.here)))

@@ -1,13 +1,21 @@
-"""predictions → a ledger beside the runs: how often a data set's test split was scored, and by how many configurations."""
+"""predictions → a ledger beside the runs: how often a data set's test split was scored, and by how many configurations.
+
+``test_openings.jsonl`` on a disk. In a store, which can't append, an object per opening, whose name says it all:
+``test_openings/<data set>/<configuration>-<time>-<random>``; two runs that end at once both count.
+"""
 
 from __future__ import annotations
 
 import datetime
 import fcntl
 import json
+import secrets
 from pathlib import Path
 
+from medtl_dist.store_folder import StoreFolder
+
 LEDGER = "test_openings.jsonl"
+_IN_STORE = "test_openings"
 
 
 def record_opening(run_folder: Path, *, dataset_sha256: str, config_sha256: str) -> dict[str, int]:
@@ -36,6 +44,20 @@ def count_openings(run_folder: Path, dataset_sha256: str) -> dict[str, int]:
         if entry.get("dataset_sha256") == dataset_sha256:
             entries.append(entry)
     return {"count": len(entries), "configurations": len({entry.get("config_sha256") for entry in entries})}
+
+
+def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha256: str) -> dict[str, int]:
+    """As ``record_opening``, for a run in a store. Raises MedtlError, see ``StoreFolder``."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    entry = json.dumps({"run": run.place.name}).encode()
+    run.sibling(_IN_STORE).write(f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry)
+    return count_openings_in_store(run, dataset_sha256)
+
+
+def count_openings_in_store(run: StoreFolder, dataset_sha256: str) -> dict[str, int]:
+    """As ``count_openings``, for runs in a store."""
+    entries = run.sibling(_IN_STORE).names(dataset_sha256)
+    return {"count": len(entries), "configurations": len({entry.partition("-")[0] for entry in entries})}
 
 
 def _ledger_of(run_folder: Path) -> Path:

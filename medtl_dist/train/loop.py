@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,11 +19,11 @@ from medtl_dist import collectives
 from medtl_dist.config import Config
 from medtl_dist.data.label_sets import UNKNOWN
 from medtl_dist.data.stream import Batch
-from medtl_dist.errors import Interrupted, MedtlError, TrainingError
+from medtl_dist.errors import Interrupted, MedtlError
 from medtl_dist.metrics.ranking import average_precision, roc_auc
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
-from medtl_dist.train import ema, losses, optim
+from medtl_dist.train import ema, losses, nonfinite, optim
 from medtl_dist.train.clock import Clock
 from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, score_split
@@ -33,6 +34,7 @@ from medtl_dist.train.unfreeze import unfreeze
 from medtl_dist.train.warm import Warm, keep_epoch_scores
 
 _POLL_EVERY_STEPS = 5
+_POLL_EVERY_S = 5.0  # slower steps are polled more often: a notice may leave half a minute
 
 
 def fit(config: Config, run: Run, *, open_test: bool = False, warm: Warm | None = None) -> None:
@@ -73,33 +75,37 @@ def finished(session: Session) -> bool:
 def train_epoch(session: Session) -> Clock:
     """Run the rest of the current epoch's steps and return where their time went.
 
-    Raises Interrupted, after a checkpoint, where the run was told to stop; TrainingError where the loss is not finite.
+    Raises Interrupted, after a checkpoint, where the run was told to stop; TrainingError where the loss keeps not being
+    finite (``nonfinite.skipped``).
     """
     position, clock = session.position, Clock()
     session.network.model.train()  # what is frozen stays in eval
     loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
-    last: tuple[Tensor, list[str]] | None = None
+    statistics, polled = nonfinite.Statistics(session.network.model), time.monotonic()
     batches = agreed(lambda: train_stream(session))
     while position.step < session.plan.num_steps:
         with clock.during("data_wait"):
             batch, failure = _next(batches)
-        with clock.during("compute"):
-            # The loss of the step before is looked at only now, when the device has long finished it.
-            failure = failure or (_non_finite(session, *last) if last else None)
         own_weight = losses.loss_weight(batch.labels, session.class_weights) if batch is not None else 0.0
         with clock.during("communication"):
-            # One small reduction a step: the loss's global denominator, whether any rank has failed, and whether rank 0
-            # wants a checkpoint.
-            wanted = session.run.rank == 0 and due(session)
-            numbers = collectives.totals([own_weight, float(failure is not None), float(wanted)])
-            weight, num_failed, checkpoint_due = numbers
+            # One small reduction a step: the loss's global denominator, whether any rank has failed, and whether by
+            # rank 0's clock it is time for a checkpoint, or to poll.
+            first = session.run.rank == 0
+            wanted, asked = first and due(session), first and time.monotonic() - polled > _POLL_EVERY_S
+            numbers = collectives.totals([own_weight, float(failure is not None), float(wanted), float(asked)])
+            weight, num_failed, checkpoint_due, poll_due = numbers
         collectives.raise_together(failure, failed=num_failed > 0)
         assert batch is not None
         with clock.during("compute"):
-            loss = train_step(session, batch, weight)
-        loss_here += loss
-        last = (loss, batch.keys)
-        position.weight_total += weight
+            statistics.keep()
+            loss, applied = train_step(session, batch, weight)
+        if applied:
+            loss_here += loss
+            position.weight_total += weight
+            position.nonfinite_in_row = 0
+        else:
+            statistics.put_back()
+            nonfinite.skipped(session, loss, batch.keys)
         position.step += 1
         position.global_step += 1
         clock.num_steps += 1
@@ -107,16 +113,18 @@ def train_epoch(session: Session) -> Clock:
             session.journal.progress(_progress(session, clock, float(loss) / max(own_weight, 1e-12)))
         if position.step == session.plan.num_steps:
             break  # the epoch's own checkpoint comes next, and fit asks again after it
-        stop = position.global_step % _POLL_EVERY_STEPS == 0 and _told_to_stop(session)
+        stop = False
+        if poll_due or position.global_step % _POLL_EVERY_STEPS == 0:
+            stop, polled = _told_to_stop(session), time.monotonic()
         if checkpoint_due or stop:
-            _look_back(session, loss_here, last)
+            position.loss_total = float(loss_here)
             with clock.during("checkpoint"):
                 save(session)
         if stop:
             raise Interrupted(
                 f"stopped as asked in epoch {position.epoch}, after step {position.step}; the same command with --resume goes on."
             )
-    _look_back(session, loss_here, last)
+    position.loss_total = float(loss_here)
     clock.train_s = clock.elapsed()
     return clock
 
@@ -125,8 +133,9 @@ def _told_to_stop(session: Session) -> bool:
     return session.run.poll() is Signal.CHECKPOINT_AND_STOP
 
 
-def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
-    """One optimiser step on this rank's part of the global batch; returns its summed loss, float64, detached.
+def train_step(session: Session, batch: Batch, global_weight: float) -> tuple[Tensor, bool]:
+    """One optimiser step on this rank's part of the global batch; returns its summed loss, float64, detached, and whether
+    the step was applied: it is not, on any rank, where some rank's loss is not finite.
 
     DDP averages the ranks' gradients, so each rank's summed loss is scaled by W / (global denominator): the result is
     the gradient of the global mean, however unequal the ranks' counts. Parts of a batch (accumulation) add up likewise.
@@ -154,6 +163,9 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
             loss = losses.loss_sum(logits, some_labels, config.train, session.class_weights)
             session.scaler.scale(loss * scale).backward()
         total += loss.detach().double()
+    if not nonfinite.counts(total):
+        session.optimizer.zero_grad(set_to_none=True)
+        return total, False
     if config.optim.clip_norm is not None:
         session.scaler.unscale_(session.optimizer)
         trainable = [p for group in session.optimizer.param_groups for p in group["params"]]
@@ -163,7 +175,7 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     session.optimizer.zero_grad(set_to_none=True)
     if session.ema is not None:
         ema.update(session.ema, network.model)
-    return total
+    return total, True
 
 
 def close_epoch(session: Session, clock: Clock) -> None:
@@ -190,6 +202,7 @@ def close_epoch(session: Session, clock: Clock) -> None:
         "train_loss": loss_total / position.weight_total if position.weight_total > 0 else 0.0,
         "lr": session.optimizer.param_groups[0]["lr"],
         **numbers,
+        "nonfinite_steps": position.nonfinite_steps,
         **clock.row(session.config.data.global_batch_size),
         "epoch_s": clock.elapsed(),
         "checkpoint": position.global_step,
@@ -197,7 +210,7 @@ def close_epoch(session: Session, clock: Clock) -> None:
     row = collectives.from_rank_0(row)
     position.history.append(row)
     position.epoch += 1
-    position.step, position.loss_total, position.weight_total = 0, 0.0, 0.0
+    position.step, position.loss_total, position.weight_total, position.nonfinite_steps = 0, 0.0, 0.0, 0
     unfreeze(session)  # before the checkpoint, which is of the coming epoch
     with clock.during("checkpoint"):
         save(session)
@@ -235,23 +248,6 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, MedtlError | None]:
         return next(batches), None
     except MedtlError as error:
         return None, error
-
-
-def _non_finite(session: Session, loss: Tensor, keys: list[str]) -> TrainingError | None:
-    if bool(torch.isfinite(loss)):
-        return None
-    position = session.position
-    return TrainingError(
-        f"the loss is not finite in epoch {position.epoch}, step {position.step - 1} (images {', '.join(keys[:8])}"
-        f"{', …' if len(keys) > 8 else ''}): lower optim.lr, set optim.clip_norm, or compute in fp32. "
-        f"The last checkpoint is from before it."
-    )
-
-
-def _look_back(session: Session, loss_here: Tensor, last: tuple[Tensor, list[str]] | None) -> None:
-    """Check the last step's loss on every rank, and leave this rank's sum in the position."""
-    collectives.raise_together(_non_finite(session, *last) if last else None)
-    session.position.loss_total = float(loss_here)
 
 
 def _no_sync(stepper: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from medtl_dist import collectives
@@ -12,7 +11,7 @@ from medtl_dist.errors import DataError, MedtlError, UserError
 from medtl_dist.run import LocalRun
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.run_store import read_config_in
 from medtl_dist.train.session import agreed
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
 from medtl_dist.train.state import disk_error
@@ -29,7 +28,7 @@ def evaluate_run(run: LocalRun, split: str) -> dict[str, Any]:
         DataError: the checkpoint or a shard is damaged.
     """
     folder = run.folder
-    config = read_config(Path(folder.path))
+    config = read_config_in(folder)
     if not folder.exists("results.json"):
         raise UserError(f"{folder.path}: the run has not finished; `medtl train --resume` goes on with it.")
     known = results.read_results(folder)

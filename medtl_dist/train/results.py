@@ -29,9 +29,15 @@ from medtl_dist.metrics.scores import by_patient
 from medtl_dist.metrics.summary import summarise
 from medtl_dist.models.freezing import count_parameters
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder
 from medtl_dist.train.clock import ACTIVITIES
 from medtl_dist.train.evaluate import Predictions, predictions_table
-from medtl_dist.train.ledger import count_openings, record_opening
+from medtl_dist.train.ledger import (
+    count_openings,
+    count_openings_in_store,
+    record_opening,
+    record_opening_in_store,
+)
 from medtl_dist.train.session import Session
 
 SCHEMA_VERSION = 1
@@ -165,10 +171,14 @@ def fix_threshold(config: Config, dataset: Dataset, val: Predictions) -> dict[st
 
 def note_opening(config: Config, dataset: Dataset, folder: Folder) -> dict[str, int]:
     """Count this scoring of the test split in the ledger beside the run folder."""
+    if isinstance(folder, StoreFolder):
+        return record_opening_in_store(folder, dataset_sha256=dataset.sha256, config_sha256=config.sha256())
     return record_opening(folder.local_path, dataset_sha256=dataset.sha256, config_sha256=config.sha256())
 
 
 def openings_so_far(dataset: Dataset, folder: Folder) -> dict[str, int]:
+    if isinstance(folder, StoreFolder):
+        return count_openings_in_store(folder, dataset.sha256)
     return count_openings(folder.local_path, dataset.sha256)
 
 

@@ -56,6 +56,8 @@ class Position:
     global_step: int = 0
     loss_total: float = 0.0  # this rank's summed loss of this epoch, up to ``step``
     weight_total: float = 0.0  # its denominator, over all ranks
+    nonfinite_steps: int = 0  # of this epoch, left out since their loss was not finite
+    nonfinite_in_row: int = 0  # of them, the latest without a finite one between, over epochs too
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -82,6 +84,7 @@ class Session:
     started: str
     warm: Warm
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
+    saved_step: int | None = None  # of the newest checkpoint
 
 
 def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
@@ -138,6 +141,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         position=Position(),
         started=started,
         warm=warm or Warm(),
+        saved_step=step,
     )
     for text in warnings:
         session.journal.note(text)
@@ -181,7 +185,7 @@ def check_inputs(config: Config, *, open_test: bool = False) -> None:
     )
 
 
-def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path) -> None:
+def check_same_data(config: Config, results: Mapping[str, Any], run_folder: Path | str) -> None:
     """Whether a finished run's results are of the config's data set. Raises UserError."""
     if open_shards(config).sha256 != results["provenance"]["dataset_sha256"]:
         raise UserError(

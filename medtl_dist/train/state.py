@@ -15,6 +15,7 @@ from medtl_dist.data.shards import Dataset
 from medtl_dist.errors import MedtlError, TrainingError, UserError
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint
+from medtl_dist.train.nonfinite import check_weights
 from medtl_dist.train.setup import preprocessing_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # what checkpo
 
 
 def save(session: Session) -> None:
-    """Commit a checkpoint of the present position. Collective. Raises TrainingError on every rank where the disk is full.
+    """Commit a checkpoint of the present position. Collective.
+
+    Raises TrainingError on every rank where the disk is full or the weights are not finite.
 
     ``model.safetensors`` holds the weights that are scored: the averaged ones where ``train.ema_decay`` is set, with those
     that learn beside them in the state.
@@ -52,12 +55,16 @@ def save(session: Session) -> None:
             weights = ema.model.state_dict()
         best = best_row(position.history)
         try:
+            check_weights(session.network.model)
             checkpoint.save(run.folder, position.global_step, weights=weights, state=state, meta=_meta(session, best))
             checkpoint.retain(run.folder, best=best["checkpoint"] if best else None, newest=position.global_step)
+        except MedtlError as error:  # of weights that are not finite, or a store's
+            failure = error
         except OSError as error:
             failure = disk_error(run, error)
     session.saved_at = time.monotonic()
     collectives.raise_together(failure)
+    session.saved_step = position.global_step
 
 
 def due(session: Session) -> bool:
@@ -85,6 +92,7 @@ def restore(session: Session, saved: Saved) -> None:
     position.epoch, position.step, position.global_step = meta["epoch"], meta["step"], meta["global_step"]
     position.weight_total = meta["weight_total"]
     position.history = meta["history"]
+    position.nonfinite_steps, position.nonfinite_in_row = meta.get("nonfinite", (0, 0))
     session.network = dataclasses.replace(
         session.network, weights=meta["weights"]["from"], weights_sha256=meta["weights"]["sha256"]
     )
@@ -131,6 +139,7 @@ def _meta(session: Session, best: dict[str, Any] | None) -> dict[str, Any]:
         "step": position.step,
         "global_step": position.global_step,
         "weight_total": position.weight_total,
+        "nonfinite": [position.nonfinite_steps, position.nonfinite_in_row],
         "history": position.history,
         "best": best,
         "world_size": session.run.world_size,

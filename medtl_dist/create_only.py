@@ -1,0 +1,119 @@
+"""a name and bytes ─► a file that did not exist, or the news that it does: the one write that two processes can't both win.
+
+Arrow has none. On a disk it is ``O_EXCL``; on S3 a PUT with ``If-None-Match: *``, by botocore (extra ``s3``), which finds the
+same credentials as Arrow does. Amazon, MinIO, Ceph, R2 and SeaweedFS honour it; ``store_is_safe`` asks the store at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from medtl_dist.errors import Interrupted, UserError
+from medtl_dist.storage import Folder, StorageOptions, environment, refused, region_of
+from medtl_dist.store_folder import StoreFolder
+
+_TRIES = 6
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+
+
+def create(folder: Folder, name: str, data: bytes) -> bool:
+    """Make the file ``name`` with ``data``; False where it exists already. Of many at once one gets True.
+
+    Raises: UserError, no way to do so here, or refused; Interrupted, the store can't be reached.
+    """
+    if isinstance(folder, StoreFolder):
+        return _create_in_store(folder, name, data)
+    path = Path(folder.at(name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}).") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def store_is_safe(folder: StoreFolder) -> bool:
+    """Whether the store refuses to make the same file twice: one that ignores the condition says yes to both."""
+    probe = f"probe-{secrets.token_hex(8)}"
+    safe = create(folder, probe, b"first") and not create(folder, probe, b"second")
+    folder.delete(probe)
+    return safe
+
+
+def _create_in_store(folder: StoreFolder, name: str, data: bytes) -> bool:
+    if folder.place.scheme != "s3":
+        raise UserError(
+            f"{folder.url}: leases need a store's conditional writes, which are there for s3:// only so far; see to it that "
+            "only one process writes there."
+        )
+    client, exceptions = _client(environment(), folder.place.path.split("/", 1)[0], folder.options)
+    bucket, _, key = folder.at(name).partition("/")
+    last = ""
+    for number in range(_TRIES):
+        if number:
+            time.sleep(min(8.0, 0.5 * 2.0**number))
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return True
+        except exceptions.ClientError as error:
+            code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 412:
+                # Of a try whose answer was lost: it may have been ours.
+                return number > 0 and folder.read(name) == data
+            if status in (401, 403) or code in _REFUSED:
+                raise refused(folder.shown(name), code) from None
+            if status == 404:
+                raise UserError(f"{folder.url}: no such bucket; make it first, or check the address") from None
+            if status == 501:
+                raise UserError(
+                    f"{folder.url}: this store has no conditional writes (If-None-Match), so two runs could write there at "
+                    "once; use another store for run folders."
+                ) from None
+            last = f"HTTP {status}"
+        except exceptions.NoCredentialsError:
+            raise refused(folder.shown(name), "no credentials found") from None
+        except exceptions.BotoCoreError as error:
+            last = type(error).__name__
+    raise Interrupted(
+        f"{folder.shown(name)} can't be written to ({last}; {_TRIES} tries); when the store can be reached again, the same "
+        "command goes on."
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _client(made_for: tuple[object, ...], bucket: str, options: StorageOptions) -> tuple[Any, Any]:
+    """botocore's client and its exceptions. Raises: UserError, it is not installed."""
+    del made_for
+    try:
+        import botocore.config
+        import botocore.exceptions
+        import botocore.session
+    except ImportError:
+        raise UserError("run folders on s3:// need botocore: pip install 'medtl_dist[s3]'.") from None
+    endpoint = options.endpoint
+    client = botocore.session.Session().create_client(
+        "s3",
+        region_name=region_of(bucket, endpoint) or "us-east-1",
+        endpoint_url=endpoint,
+        verify=options.authorities,
+        config=botocore.config.Config(
+            connect_timeout=min(10.0, options.timeout_s),
+            read_timeout=options.timeout_s,
+            retries={"total_max_attempts": 1},
+            s3={"addressing_style": "path" if endpoint else "auto"},
+            request_checksum_calculation="when_required",  # other servers than Amazon's refuse its newest checksums
+            response_checksum_validation="when_required",
+        ),
+    )
+    return client, botocore.exceptions

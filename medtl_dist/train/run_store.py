@@ -1,0 +1,109 @@
+"""run folder, on a disk or in a store: opened for writing under one roof, and read by what reads local files.
+
+On a disk it is ``run_folder``'s, with its lock. In a store the lock is a lease, and the folder handed out is fenced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medtl_dist.config import Config, differing_keys, parse_yaml, validate
+from medtl_dist.errors import UserError
+from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder, fetched, folder_at
+from medtl_dist.train import checkpoint
+from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
+from medtl_dist.train.run_folder import opened_run_folder, read_config
+from medtl_dist.train.setup import storage_of
+from medtl_dist.train.status import status_of
+
+LEASE_TTL_S = 60.0
+_IGNORED = (".lease", ".ray", "config.yaml")
+_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json")
+
+
+@contextlib.contextmanager
+def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable[[str], None]) -> Iterator[Folder]:
+    """The run folder at a path or an address, as ``opened_run_folder`` has it. ``say`` is told what a person should know.
+
+    Raises:
+        UserError: as ``opened_run_folder``; or a chain, which needs a local folder.
+        Interrupted: the store can't be reached.
+    """
+    folder = folder_at(place, storage_of(config))
+    if not isinstance(folder, StoreFolder):
+        with opened_run_folder(folder.local_path, config, resume=resume) as path:
+            yield Folder.local(path)
+        return
+    if config.transfer.stages:
+        raise UserError(
+            f"{folder.url}: a chain's later stages read the earlier ones' weights as local files, so it can't be trained in a "
+            "store yet; name a folder that all nodes mount with --run-dir."
+        )
+    _check_use(folder, config, resume=resume)  # before waiting for a lease: most mistakes are told at once
+    with contextlib.ExitStack() as stack:
+        if folder.place.scheme == "s3":
+            lease = stack.enter_context(held_lease(folder, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say))
+            folder = fenced(folder, lease.fence)
+        else:
+            say(f"{folder.url}: no lease is kept on {folder.place.scheme}://; start one training there at a time")
+        before = _check_use(folder, config, resume=resume)
+        if before != config:
+            folder.write("config.yaml", config.to_yaml().encode())
+        yield folder
+
+
+def owner_here() -> str:
+    """This process, as others are told of it."""
+    return f"process {os.getpid()} on {platform.node() or 'unknown'}"
+
+
+def _check_use(folder: StoreFolder, config: Config, *, resume: bool) -> Config | None:
+    """The config of the run that is there, if one is. Raises UserError, see ``opened_run_folder``."""
+    names = [name for name in folder.names() if name not in _IGNORED]
+    if not names:
+        return None
+    if not folder.exists("config.yaml"):
+        raise UserError(f"{folder.url} is not a run folder, but it is not empty either; name another with --run-dir.")
+    if not resume:
+        raise UserError(
+            f"{folder.url} already holds a run; add --resume to go on with it, or name another with --run-dir."
+        )
+    before = read_config_in(folder)
+    if before.sha256() != config.sha256():
+        changes = "; ".join(differing_keys(before, config))
+        raise UserError(f"{folder.url} holds a run of another config ({changes}); --resume needs the same one.")
+    return before
+
+
+def read_config_in(folder: Folder) -> Config:
+    """The config of a run folder. Raises UserError where it is none."""
+    if not isinstance(folder, StoreFolder):
+        return read_config(folder.local_path)
+    folder.expect_run()
+    text = folder.read("config.yaml").decode("utf-8", errors="replace")
+    return validate(parse_yaml(text, folder.shown("config.yaml")))
+
+
+def status_in(folder: Folder) -> dict[str, Any]:
+    """As ``status_of``, wherever the run folder lies. Raises UserError where it holds no run."""
+    if not isinstance(folder, StoreFolder):
+        return status_of(folder.local_path)
+    folder.expect_run()
+    with fetched(folder, _FOR_STATUS) as here:
+        found = status_of(here)
+    news = [folder.info(name).mtime for name in ("log.jsonl", "progress.json")]
+    shelf = FolderShelf(folder.below(LEASES))
+    holder = holder_of(shelf) if folder.place.scheme == "s3" else None
+    times = [moment.timestamp() for moment in news if moment is not None]
+    return found | {
+        "state": "running" if holder is not None else found["state"],
+        "seconds_since_news": max(0.0, time.time() - max(times)) if times else None,
+        "checkpoints": checkpoint.steps(folder),
+    }
