@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.ray_run import RayRun
+from cluster.shared_folder import check_shared
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
@@ -39,6 +40,7 @@ def train_on_ray(config: Config, run_folder: Path | Folder, *, open_test: bool =
     """
     folder = run_folder if isinstance(run_folder, Folder) else Folder.local(run_folder)
     with connected(config):
+        check_shared(config, folder)
         use_gpu = _use_gpu(config)
         trainer = TorchTrainer(
             work,
