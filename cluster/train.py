@@ -23,6 +23,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from cluster import notices
 from cluster.ray_run import RayRun, Why
 from cluster.room import needs_of, room_now
+from cluster.shared_folder import check_shared
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, Interrupted, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
@@ -51,6 +52,7 @@ def train_on_ray(config: Config, run_folder: Path | Folder, *, open_test: bool =
     """
     folder = run_folder if isinstance(run_folder, Folder) else Folder.local(run_folder)
     with connected(config), notices.noting_signals() as signals:
+        check_shared(config, folder)
         payload = {
             "config": config.model_dump(mode="json"),
             "folder": folder.url,

@@ -117,3 +117,36 @@ def _client(made_for: tuple[object, ...], bucket: str, options: StorageOptions) 
         ),
     )
     return client, botocore.exceptions
+
+
+def unfinished_uploads(folder: StoreFolder) -> list[tuple[str, str]]:
+    """``(name, upload id)`` of the uploads below a folder that were begun and never completed; S3 keeps, and bills, their parts.
+
+    Raises: UserError, refused; Interrupted, the store can't be reached.
+    """
+    bucket, _, prefix = folder.path.partition("/")
+    found = _asked(folder, "list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/").get("Uploads", [])
+    return [(str(row["Key"]).removeprefix(f"{prefix}/"), str(row["UploadId"])) for row in found]
+
+
+def abort_upload(folder: StoreFolder, name: str, upload: str) -> None:
+    """Forget an unfinished upload and its parts. Raises as ``unfinished_uploads``."""
+    bucket, _, key = folder.at(name).partition("/")
+    _asked(folder, "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+
+
+def _asked(folder: StoreFolder, call: str, **arguments: str) -> Any:
+    client, exceptions = _client(environment(), folder.place.path.split("/", 1)[0], folder.options)
+    try:
+        return getattr(client, call)(**arguments)
+    except exceptions.ClientError as error:
+        code = error.response["Error"].get("Code", "")
+        if code in ("NoSuchUpload", "NotImplemented"):
+            return {}
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] in (401, 403):
+            raise refused(folder.url, code) from None
+        raise Interrupted(f"{folder.url}: the store's uploads can't be listed ({code}); try again.") from None
+    except exceptions.BotoCoreError as error:
+        raise Interrupted(
+            f"{folder.url}: the store's uploads can't be listed ({type(error).__name__}); try again."
+        ) from None

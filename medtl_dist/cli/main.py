@@ -15,6 +15,7 @@ from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
 from medtl_dist.cli.report import report
+from medtl_dist.cli.runs import app as runs_app
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
 from medtl_dist.cli.verify import index, verify
@@ -35,6 +36,7 @@ data_app.command()(index)
 data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(runs_app, name="runs")
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)

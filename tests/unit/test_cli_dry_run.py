@@ -27,10 +27,10 @@ def test_a_dry_run_finds_mistakes_in_the_config(capsys: pytest.CaptureFixture[st
     assert "optim.lr = -1" in capsys.readouterr().err
 
 
-def test_a_run_folder_on_an_object_store_is_refused_instead_of_made_here(
+def test_a_run_folder_on_a_web_server_is_refused_instead_of_made_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["train", "--preset", "smoke", "--set", "data.shards=x", "--run-dir", "s3://bucket/runs/a"]) == 2
-    assert "--run-dir s3://bucket/runs/a: run folders can't be on object stores yet" in capsys.readouterr().err
+    assert run(["train", "--preset", "smoke", "--set", "data.shards=x", "--run-dir", "https://host/runs/a"]) == 2
+    assert "https://host/runs/a: a web server can only be read from" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

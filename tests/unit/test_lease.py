@@ -33,13 +33,13 @@ def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_has_run_o
     shelf = MemoryShelf(now=1e9)
     first = taken(shelf)
     assert first.fence == 1
-    for _ in range(4):
+    for beat in range(1, 5):
         shelf.now += TTL_S * 0.9
         first.renew()
         found = acquire(shelf, owner="b", ttl_s=TTL_S)
         assert isinstance(found, Holder)
         assert (found.owner, found.number) == ("a", 1)
-    assert found.beat == 4
+        assert found.beat == beat
     shelf.now += TTL_S + 1.9  # S3 tells whole seconds
     assert isinstance(acquire(shelf, owner="b", ttl_s=TTL_S), Holder)
     shelf.now += 0.2
@@ -160,7 +160,9 @@ def test_on_disk_the_second_is_refused_at_the_firsts_next_renewal(tmp_path: Path
     assert (row["owner"], row["released"]) == ("process 3", True)
 
 
-def test_a_killed_holders_lease_is_taken_over_when_it_has_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_holders_lease_is_taken_over_when_it_has_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Folder.local(tmp_path)
     place = tmp_path / ".lease" / "00000007"
     place.parent.mkdir()
