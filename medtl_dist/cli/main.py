@@ -14,6 +14,7 @@ from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
+from medtl_dist.cli.predict import predict
 from medtl_dist.cli.report import report
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
@@ -37,6 +38,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.command()(train)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(report)
 app.command()(status)
 app.command()(demo)
