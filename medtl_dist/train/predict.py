@@ -27,7 +27,7 @@ from medtl_dist.data.encoding import Failure, Workers, open_workers
 from medtl_dist.data.inputs import InputOptions, Inputs, kind_of, list_inputs
 from medtl_dist.data.partition import whole_batches
 from medtl_dist.data.seeing import Eye, Seen, eye_of, rendering_of, seen_part
-from medtl_dist.errors import DataError, UserError
+from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
 from medtl_dist.storage import is_remote
 from medtl_dist.train.predict_output import finish, part_table
@@ -124,7 +124,10 @@ def predict(
                     progress("scoring", done, total)
 
             (make_parts or _parts_here(options.num_workers))(job, predictor, missing, count)
-            outcome = finish(job.path, len(job.inputs.spans), out, predictor, job.identity)
+            try:
+                outcome = finish(job.path, len(job.inputs.spans), out, predictor, job.identity)
+            except OSError as error:
+                raise _unwritable(out, error) from None
         shutil.rmtree(parts, ignore_errors=True)
     return Outcome(out=out, resumed=resumed, notes=(*predictor.notes, *job.inputs.notes, *notes), **outcome)
 
@@ -169,7 +172,7 @@ def plan_job(
 def score_part(job: Job, predictor: Predictor, number: int, workers: Workers) -> int:
     """Make a part and commit it; returns how many images it holds.
 
-    Raises: DataError, a shard or the listing can't be read; OSError, the disk is full.
+    Raises: DataError, a shard or the listing can't be read; Interrupted, the disk is full.
     """
     seen: list[Seen] = []
     logits: list[Any] = []
@@ -195,8 +198,17 @@ def score_part(job: Job, predictor: Predictor, number: int, workers: Workers) ->
     sink = io.BytesIO()
     pq.write_table(part_table(predictor, job.inputs, seen, logits), sink)
     path = job.path(number)
-    Folder.local(path.parent).write(path.name, sink.getvalue())
+    try:
+        Folder.local(path.parent).write(path.name, sink.getvalue())
+    except OSError as error:
+        raise _unwritable(path, error) from None
     return len(seen)
+
+
+def _unwritable(path: Path, error: OSError) -> Interrupted:
+    return Interrupted(
+        f"{path} can't be written ({error.strerror or error}): free space; the same command then goes on"
+    )
 
 
 _DONE = Failure("")  # in the place of pixels that are no longer needed
@@ -321,11 +333,13 @@ def has_parts(job: Job) -> bool:
     return False
 
 
-def load_for(job: Job) -> Predictor:
-    """The job's predictor, in another process. Raises: as ``load_predictor``; DataError, it is not the same any more."""
+def load_for(job: Job, *, threads: int) -> Predictor:
+    """The job's predictor in another process, computing with ``threads``. Raises: as ``load_predictor``; DataError, it is
+    not the one that the job began with."""
     predictor = load_predictor(Path(job.run_folder), _device())
-    if predictor.identity() != job.identity["model"]:
+    torch.set_num_threads(threads)
+    if predictor.identity() != job.identity["model"] or job.identity["tool_version"] != __version__:
         raise DataError(
-            f"{job.run_folder}: this node has another checkpoint, precision or device than where the job began"
+            f"{job.run_folder}: this node has another checkpoint, precision, device or medtl_dist than where the job began"
         )
     return predictor

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -151,8 +150,7 @@ def patients_table(predictor: Predictor, tables: Iterator[pa.Table]) -> pa.Table
     if not take_largest and groups:
         found = found / counts[:, None]
     if binary and groups:
-        # The most suspicious image makes the patient; what is least suspicious has no say.
-        found[:, 0] = -found[:, 1]
+        found[:, 0] = -found[:, 1]  # with max, the most suspicious image speaks for both classes
     columns = {"group": pa.array(groups, pa.string()), "num_images": pa.array(counts)}
     columns |= score_columns(predictor, found, np.ones(len(groups), bool), unit="patient")
     return pa.table(columns)
@@ -168,12 +166,12 @@ def _read_part(path: Path) -> pa.Table:
 
 
 def _scored(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_null(table.column("status"))).drop_columns(["status", "reason"])
+    return table.filter(table.column("status").is_null()).drop_columns(["status", "reason"])
 
 
 def _problems(table: pa.Table) -> pa.Table:
     own = [name for name in ("file", "row", "split", "key", "group") if name in table.column_names]
-    return table.filter(pc.is_valid(table.column("status"))).select([*own, "status", "reason"])
+    return table.filter(table.column("status").is_valid()).select([*own, "status", "reason"])
 
 
 def _write(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, str] | None = None) -> None:

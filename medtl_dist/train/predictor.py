@@ -102,6 +102,11 @@ def load_predictor(run_folder: Path, device: torch.device) -> Predictor:
     )
 
 
+def config_of(run_folder: Path) -> Config:
+    """The config of a run, or of an ensemble's first member. Raises: as ``load_predictor``."""
+    return read_config(_members(run_folder)[0] if (run_folder / ENSEMBLE_FILE).is_file() else run_folder)
+
+
 def predict_logits(predictor: Predictor, images: Sequence[Image]) -> NDArray[np.float64]:
     """float64 [n, classes], the log-odds of each class as in ``predictions/*.parquet``, of n images uint8
     [channels, S, S], n at most the batch size: a batch always has the same shape, so that its padding changes nothing.
