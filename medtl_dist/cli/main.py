@@ -10,6 +10,7 @@ import typer
 
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
+from medtl_dist.cli.compare import compare
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
@@ -39,6 +40,7 @@ app.add_typer(k8s_app, name="k8s")
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(compare)
 app.command()(report)
 app.command()(status)
 app.command()(demo)
