@@ -13,6 +13,7 @@ from medtl_dist.cli.audit import audit
 from medtl_dist.cli.compare import compare
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.export import export
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
 from medtl_dist.cli.predict import predict
@@ -41,6 +42,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(compare)
+app.command()(export)
 app.command()(report)
 app.command()(status)
 app.command()(demo)
