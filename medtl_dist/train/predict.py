@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ from medtl_dist.data.partition import whole_batches
 from medtl_dist.data.seeing import Eye, Seen, eye_of, rendering_of, seen_part
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
-from medtl_dist.storage import is_remote
 from medtl_dist.train.predict_output import finish, part_table
 from medtl_dist.train.predictor import Predictor, load_predictor, predict_logits
 
@@ -103,8 +103,8 @@ def predict(
         DataError: a damaged checkpoint or shard set.
         Interrupted: a store can't be reached, or a worker process was killed.
     """
-    options, out = options or PredictOptions(), out.absolute()
-    _check_out(out)
+    options = options or PredictOptions()
+    out = _checked(out).absolute()
     predictor = load_predictor(run_folder, _device())
     parts = out.with_name(f"{out.name}.parts")
     with _locked(out, parts):
@@ -255,17 +255,19 @@ def _place(source: str) -> str:
     return str(Path(source).absolute())
 
 
-def _check_out(out: Path) -> None:
-    if is_remote(str(out)) or "://" in str(out) or str(out).startswith(("s3:/", "gs:/")):
+def _checked(out: Path) -> Path:
+    """Raises UserError where a Parquet file can't be made."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):  # Path has made one slash of two
         raise UserError(
             f"--out {out}: parts are renamed into place, so the output lies in a folder; copy it to a store after"
         )
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the scores are a Parquet file; name it FILE.parquet")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder as {out.parent}; make it first")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder as {out.absolute().parent}; make it first")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
+    return out
 
 
 @contextlib.contextmanager
