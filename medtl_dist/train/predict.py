@@ -318,6 +318,8 @@ def _begin(job: Job, out: Path) -> None:
 
 def _other(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
     differing = [name for name in now if before.get(name) != now[name]]
+    if {"input", "group"} & set(differing):  # which change the digest too
+        differing.remove("input_digest")
     words = {
         "model": "another run or checkpoint",
         "input": "another input",

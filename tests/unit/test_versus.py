@@ -25,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two runs on one set, and one on another pack of the same images."""
     place = tmp_path_factory.mktemp("versus")
     with tiny_registered():
-        table = write_images(place / "images", 120)
+        table = write_images(place / "images", 80)
         shards = pack_table(table, place / "set", fractions=(0.3, 0.5, 0.2))
         train(shards, place / "one", "optim.lr=0.05")
         train(shards, place / "two", "train.seed=3", "augment.rotation_deg=0")
@@ -45,7 +45,7 @@ def test_the_difference_is_paired_and_clustered(place: Path) -> None:
     assert found["interval"] == pytest.approx((-expected.interval[1], -expected.interval[0])) or found[
         "interval"
     ] == pytest.approx(expected.interval)
-    assert content["n"] == len(a) == 60
+    assert content["n"] == len(a) == 40
     changed = {text.split(":")[0] for text in content["config"]}
     assert changed == {"optim.lr", "train.seed", "augment.rotation_deg"}
     assert any("optimistic" in text for text in content["cautions"])
@@ -57,7 +57,7 @@ def test_the_difference_is_paired_and_clustered(place: Path) -> None:
 
 
 def test_other_images_are_refused_with_the_counts(place: Path) -> None:
-    with pytest.raises(UserError, match=r"scored different images of val \(the sets set and again: 0 in both, 60 in"):
+    with pytest.raises(UserError, match=r"scored different images of val \(the sets set and again: 0 in both, 40 in"):
         compare_runs(place / "one", place / "elsewhere", "val")
 
 
