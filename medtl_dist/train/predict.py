@@ -318,8 +318,8 @@ def _begin(job: Job, out: Path) -> None:
 
 def _other(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
     differing = [name for name in now if before.get(name) != now[name]]
-    if {"input", "group"} & set(differing):  # which change the digest too
-        differing.remove("input_digest")
+    if {"input", "group"} & set(differing):
+        differing = [name for name in differing if name != "input_digest"]  # which follows
     words = {
         "model": "another run or checkpoint",
         "input": "another input",

@@ -68,7 +68,7 @@ def test_bad_inputs_are_exit_code_3_unless_they_are_accepted(place: Path, tmp_pa
 def test_killed_in_the_middle_the_same_command_goes_on_and_scores_each_input_once(place: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
     source = tmp_path / "inputs"
-    for copy in range(4):  # enough that it is caught in the middle
+    for copy in range(2):  # enough that it is caught in the middle
         shutil.copytree(place / "images" / "pictures", source / str(copy))
     command = [*_MEDTL, "predict", str(place / "run"), str(source), "--part-size", "8", "--out"]
     process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
@@ -82,10 +82,10 @@ def test_killed_in_the_middle_the_same_command_goes_on_and_scores_each_input_onc
     process.wait()
     assert not out.exists()
     made = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
-    assert 3 <= len(made) < 48
+    assert 3 <= len(made) < 24
     watched = subprocess.run([*command, str(out), "--json"], capture_output=True, text=True, check=True)
     told = json.loads(watched.stdout)
-    assert (told["scored"], told["resumed_parts"]) == (384, len(made))
+    assert (told["scored"], told["resumed_parts"]) == (192, len(made))
     assert run([*command[3:], str(whole)]) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert pd.read_parquet(out).file.is_unique

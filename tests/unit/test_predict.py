@@ -329,6 +329,9 @@ def test_an_output_of_another_run_input_or_partition_is_refused(place: Path, tmp
             _predict(place, source, out, **options)
     with pytest.raises(UserError, match="begun with another input"):
         _predict(place, place / "images", out)
+    shutil.copytree(tmp_path / "images", tmp_path / "twin")
+    with pytest.raises(UserError, match="begun with another input; delete"):  # the same names and lengths elsewhere
+        _predict(place, tmp_path / "twin" / "labels.csv", out)
     shutil.copy(place / "images" / "pictures" / "001.png", tmp_path / "images" / "pictures" / "000.png")
     with pytest.raises(UserError, match="begun with an input that has changed since; delete it to start again"):
         _predict(place, source, out)
