@@ -10,10 +10,13 @@ import typer
 
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
+from medtl_dist.cli.compare import compare
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.export import export
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
+from medtl_dist.cli.predict import predict
 from medtl_dist.cli.report import report
 from medtl_dist.cli.runs import app as runs_app
 from medtl_dist.cli.status import status
@@ -39,6 +42,9 @@ app.add_typer(k8s_app, name="k8s")
 app.add_typer(runs_app, name="runs")
 app.command()(train)
 app.command()(evaluate)
+app.command()(predict)
+app.command()(compare)
+app.command()(export)
 app.command()(report)
 app.command()(status)
 app.command()(demo)

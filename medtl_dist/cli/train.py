@@ -154,13 +154,41 @@ def _train_somewhere(config: Config, place: Folder, *, test: bool) -> None:
 
 def evaluate(
     run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a finished run.")],
-    split: Annotated[str, typer.Option("--split", help="val or test; scoring test is counted in the ledger.")] = "val",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", help="val [default] or test, counted in the ledger; with --data also train, or all [default]."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="SET", help="Another shard set: external validation.")
+    ] = None,
+    class_map: Annotated[
+        str | None, typer.Option("--class-map", metavar="THEIRS=OURS,…", help="With --data: classes of other names.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="With --data: folder in RUN/external [default: the set's name].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a split with a finished run's best checkpoint; the threshold stays the one fixed on val.
 
     Example: medtl evaluate runs/first --split test
+
+    External validation: medtl evaluate runs/first --data other_hospital --class-map healthy=NORMAL,ill=PNEUMONIA
     """
+    if data is not None:
+        from medtl_dist.cli.external import evaluate_elsewhere
+        from medtl_dist.storage import parse_place
+
+        place = parse_place(run_dir)
+        if place.remote:
+            raise UserError(f"{place.url}: --data needs the run in a folder of this machine: copy it here first.")
+        evaluate_elsewhere(Path(place.path), data, split=split, class_map=class_map, name=name, as_json=as_json)
+        return
+    if class_map is not None or name is not None:
+        raise UserError("--class-map and --name are for another set: name it with --data SET.")
+    split = split or "val"
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: expected val or test.")
     from medtl_dist.report.build import build_report_in

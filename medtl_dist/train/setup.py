@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,16 @@ from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
 
 TASKS = ("binary", "multiclass", TASK)
+
+
+class Shape(Protocol):
+    """What a network must fit: a ``Dataset``, or what a checkpoint says of one."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def channels(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def set_threads(config: Config, world_size: int) -> int:
 
 def create_network(
     config: Config,
-    dataset: Dataset,
+    dataset: Shape,
     *,
     device: torch.device,
     rank: int,
