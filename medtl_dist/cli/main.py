@@ -10,6 +10,7 @@ import typer
 
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
+from medtl_dist.cli.crossval import crossval
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.k8s import app as k8s_app
@@ -37,6 +38,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.command()(train)
 app.command()(evaluate)
+app.command()(crossval)
 app.command()(report)
 app.command()(status)
 app.command()(demo)
