@@ -63,20 +63,21 @@ def deal_folds(groups: Sequence[str], has: NDArray[np.bool_], num_folds: int, se
     by_rarity = np.argsort(of_patient.sum(axis=0), kind="stable")
     stratum = of_patient[:, by_rarity].argmax(axis=1)
     drawn = shuffled([name.encode("utf-8", "surrogateescape") for name in names], seed)
-    rank = np.argsort(shuffled([f"fold {number}".encode() for number in range(num_folds)], seed))
-    fold = np.zeros(len(names), np.int64)
-    patients, images = np.zeros(num_folds, np.int64), np.zeros(num_folds, np.int64)
+    fold, patients = np.zeros(len(names), np.int64), np.zeros(num_folds, np.int64)
     for position in range(len(by_rarity)):
         members = [patient for patient in drawn if stratum[patient] == position]
+        # Between equals another order for each stratum, so that which of them meet in a fold is up to the seed.
+        rank = np.argsort(
+            shuffled([f"fold {number} of stratum {position}".encode() for number in range(num_folds)], seed)
+        )
         own = np.zeros(num_folds, np.int64)
         for start in range(0, len(members), num_folds):
             dealt = sorted(members[start : start + num_folds], key=lambda patient: -sizes[patient])
-            order = np.lexsort((rank, images, patients, own))  # fewest images of the stratum first
+            order = np.lexsort((rank, patients, own))  # fewest images of the stratum first
             for patient, number in zip(dealt, order, strict=False):
                 fold[patient] = number
                 own[number] += sizes[patient]
                 patients[number] += 1
-                images[number] += sizes[patient]
     return fold[codes]
 
 

@@ -141,7 +141,9 @@ def within_interval(
 def _contributing(parts: Components) -> Components:
     """Without the patients that are in no pair: those of folds of one class."""
     seen = parts.has_positive | parts.has_negative
-    return Components(parts.auc, *(values[seen] for values in parts[1:]))
+    return Components(
+        parts.auc, parts.positive[seen], parts.negative[seen], parts.has_positive[seen], parts.has_negative[seen]
+    )
 
 
 class MeanCurve(NamedTuple):

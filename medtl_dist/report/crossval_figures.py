@@ -76,8 +76,8 @@ def _rocs(found: Mapping[str, Any]) -> Iterator[Figure]:
             "ROC within folds" if found["task"] == "binary" else f"ROC within folds: {name}",
             charts.roc_chart(told, [*single, mean], None),
             "Each grey curve is a fold, scored by its own model. The mean is taken at each false-positive rate, a fold counting "
-            f"as many times as it has pairs: the area below it, {decimals(entry['auc'])}, is the AUC of pairs within folds. It is "
-            f"no curve of one model: a threshold can’t be read from it.{some}{more}",
+            f"as many times as it has pairs: the area below it, {decimals(entry['auc'])}, is the AUC of pairs within folds. It "
+            f"is no curve of one model: a threshold can’t be read from it.{some}{more}",
             legend=[(charts.swatch("line-0"), "mean"), (charts.swatch("line-other"), "single folds")],
         )
 

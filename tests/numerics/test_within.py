@@ -129,14 +129,14 @@ def test_over_repeats_a_patient_is_one_patient() -> None:
 
 @pytest.mark.parametrize("stratified", [True, False])
 def test_under_pure_noise_pairs_within_folds_average_one_half_and_pooled_scores_less(stratified: bool) -> None:
-    """20 images of 8 patients, features without signal, a ridge regression a fold, 50 repetitions. Measured: .488 ± .028 in the
-    folds that we deal; in folds drawn by patient alone .495 ± .026, where pooling the raw scores gives .419 ± .027."""
+    """20 images of 8 patients, features without signal, a ridge regression a fold, 200 repetitions (50 would tell the pooled
+    scores' .39 in folds drawn by patient alone, but not a small error of ours)."""
     rng = np.random.default_rng(0)
     codes = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6, 6, 6, 7, 7])
     labels = codes % 2
     has, _ = class_columns(labels, ["well", "sick"])
     within, pooled = [], []
-    for repetition in range(50):
+    for repetition in range(200):
         features = rng.normal(size=(20, 8))
         fold = (rng.permutation(8) % 2)[codes]
         if stratified:
@@ -151,9 +151,10 @@ def test_under_pure_noise_pairs_within_folds_average_one_half_and_pooled_scores_
         pooled.append(roc_auc_score(labels, scores))
     defined = np.array([auc for auc in within if auc is not None])
     error = defined.std(ddof=1) / np.sqrt(len(defined))
-    print(f"within {defined.mean():.3f} ± {error:.3f}, pooled {np.mean(pooled):.3f} ± {np.std(pooled) / 50**0.5:.3f}")
+    print(f"within {defined.mean():.3f} ± {error:.3f}, pooled {np.mean(pooled):.3f} ± {np.std(pooled) / 200**0.5:.3f}")
     assert abs(defined.mean() - 0.5) < 2 * error
-    assert np.mean(pooled) < (defined.mean() if stratified else 0.45)
+    if not stratified:  # else folds differ little in what their models saw of each class
+        assert np.mean(pooled) < 0.43
 
 
 def test_a_perfect_ranking_gets_a_bound_from_the_pairs_within_folds() -> None:
