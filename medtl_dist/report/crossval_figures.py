@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,9 +37,13 @@ def fold_figure(found: Mapping[str, Any]) -> Figure | None:
     marks.append(line(x, frame.top, x, frame.height - frame.bottom, "threshold"))
     anchor, shift = ("end", -6) if x > frame.width / 2 else ("start", 6)
     marks.append(text(x + shift, frame.top + 6, f"all pairs {decimals(found['auc'])}", anchor=anchor, css="note"))
+    at: Counter[tuple[int, float]] = Counter()  # dots at one place are drawn above one another
     for entry in entries:
         if entry["repeat"] < repeats:
-            marks.append(circle(frame.at_x(entry["auc"]), frame.at_y(repeats - 1 - entry["repeat"]), 4.5, "dot"))
+            place = (entry["repeat"], round(entry["auc"], 2))
+            y = frame.at_y(repeats - 1 - entry["repeat"]) - 5 * min(at[place], 4)
+            marks.append(circle(frame.at_x(entry["auc"]), y, 4, "ring" if at[place] else "dot"))
+            at[place] += 1
     spread = found["spread"]
     told = Told(
         "folds", "AUC of each held-out fold",
@@ -50,7 +55,8 @@ def fold_figure(found: Mapping[str, Any]) -> Figure | None:
         "AUC of each held-out fold",
         plot(frame, told, *marks),
         f"Single folds go from {decimals(spread['min'])} to {decimals(spread['max'])}, median {decimals(spread['median'])}{sd}. "
-        "A fold holds few patients, so its own AUC says little; their spread is no error of the result, whose line counts all "
+        "A ring is one more fold of the same AUC. A fold holds few patients, so its own AUC says little; the spread is no error "
+        "of the result, whose line counts all "
         f"pairs within folds.{rest}",
     )
 

@@ -90,7 +90,7 @@ def render(found: Mapping[str, Any], config_yaml: str) -> str:
         sentence=_sentence(found, bounds),
         counts=_counts(found),
         method=typeset(found["ci_method"]),
-        cautions=[text for text in (found["ci_warning"], *found["cautions"]) if text],
+        cautions=[*([f"The interval is {found['ci_warning']}."] if found["ci_warning"] else []), *found["cautions"]],
         leaves_out=found["leaves_out"],
         fold_figure=fold_figure(found),
         rocs=roc_figures(found),

@@ -27,7 +27,7 @@ from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.chain import TrainOne, read_json, write_json
 from medtl_dist.train.evaluate import predictions_table, score_split
-from medtl_dist.train.fold_results import CROSSVAL_FILE, HELD_OUT_FILE, write_results
+from medtl_dist.train.fold_results import HELD_OUT_FILE, write_results
 from medtl_dist.train.run_folder import read_config
 from medtl_dist.train.session import check_inputs
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads, storage_of
@@ -241,7 +241,3 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             "added to it: name another folder with --run-dir."
         )
 
-
-def finished(folder: Path) -> bool:
-    """Whether all folds have been trained and pooled."""
-    return (folder / CROSSVAL_FILE).is_file()

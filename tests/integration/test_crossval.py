@@ -150,12 +150,17 @@ def test_the_last_epoch_is_scored_whatever_val_says(done: Path) -> None:
     assert set(best_by_val) != {2}  # choosing by val would have shown
 
 
-def test_the_page_and_the_ensemble_are_complete(done: Path) -> None:
+def test_the_page_and_the_ensemble_are_complete(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (done / "crossval.html").read_text()
     for said in ("What the interval leaves out", "Training variance", "Each grey curve is a fold", "was not opened"):
         assert said in page
     assert "http://" not in page
     assert "<script" not in page
+    assert run(["report", str(done)]) == 0
+    assert (done / "crossval.html").read_text() == page
+    assert run(["status", str(done), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status["state"], len(status["parts"])) == ("finished", 8)
     members = json.loads((done / "ensemble.json").read_text())["members"]
     assert len(members) == 8
     assert all((done / member / "results.json").is_file() for member in members)
