@@ -22,7 +22,7 @@ from medtl_dist.data.folds import check_folds, class_columns, deal_folds, inner_
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.split import shuffled
 from medtl_dist.data.subset import NUM_WATCHED, Members, read_members, write_fold_set
-from medtl_dist.errors import DataError, UserError
+from medtl_dist.errors import DataError, TrainingError, UserError
 from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.chain import TrainOne, read_json, write_json
@@ -92,6 +92,7 @@ def cross_validate(
     dataset = check_crossval(config, settings)
     members = read_members(dataset)
     _same_plan(folder, {**asdict(settings), "dataset_sha256": dataset.sha256})
+    (folder / "sets").mkdir(mode=0o700, exist_ok=True)
     folds = list(plan_folds(members, settings, config.train.seed))
     places = [(fold.repeat, fold.number, folder / "folds" / fold.name) for fold in folds]
     left = [
@@ -112,6 +113,8 @@ def cross_validate(
             )
         train_folds(trials)
         for trial in trials:
+            if not Folder.local(trial.place).exists("results.json"):
+                raise TrainingError(f"{trial.place}: this fold's training has not finished; --resume goes on with it.")
             score_held_out(trial.place)
             if not keep_sets:
                 shutil.rmtree(folder / "sets" / trial.place.name)
