@@ -179,13 +179,13 @@ def test_a_killed_cross_validation_goes_on_where_it_was(done: Path, shards: Path
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    first = folder / "folds" / "01-1" / "results.json"
-    before = first.stat().st_mtime_ns
+    first = [folder / "folds" / "01-1" / name for name in ("results.json", "predictions/held_out.parquet")]
+    before = [file.stat().st_mtime_ns for file in first]
     assert not (folder / "crossval.json").exists()
     assert run(arguments) == 2  # a folder in use needs --resume
     assert run([*command(shards, folder, "--repeats", "2"), "--resume"]) == 2
     assert run([*arguments, "--resume"]) == 0
-    assert first.stat().st_mtime_ns == before
+    assert [file.stat().st_mtime_ns for file in first] == before  # neither trained nor scored again
     assert not (folder / "sets").exists()
     one, other = (pq.read_table(place / "predictions" / "oof.parquet").to_pandas() for place in (folder, done))
     assert one.equals(other[other.repeat == 0])  # killed and resumed, or not: the same numbers

@@ -98,6 +98,13 @@ def test_repeats_deal_anew_even_where_no_two_patients_are_of_one_size() -> None:
     assert len(set(together)) == 10
 
 
+def test_any_two_patients_may_meet() -> None:
+    has, _ = class_columns(np.array([0] * 12 + [1] * 12), ["a", "b"])
+    folds = [deal_folds([f"p{i:02d}" for i in range(24)], has, 4, seed) for seed in range(60)]
+    meetings = sum((fold[:, None] == fold[None, :]).astype(int) for fold in folds)
+    assert meetings.min() > 0
+
+
 _SCRIPT = """
 import numpy as np
 from medtl_dist.data.folds import deal_folds, class_columns
