@@ -11,6 +11,7 @@ import typer
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
 from medtl_dist.cli.compare import compare
+from medtl_dist.cli.crossval import crossval
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
 from medtl_dist.cli.export import export
@@ -45,6 +46,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(compare)
 app.command()(export)
+app.command()(crossval)
 app.command()(report)
 app.command()(status)
 app.command()(demo)

@@ -1,4 +1,4 @@
-"""`medtl report RUN`: run folder → report.html."""
+"""`medtl report RUN`: run folder → report.html, the folder of a cross-validation → crossval.html."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import typer
 def report(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run folder that `medtl train` wrote, or its address.", show_default=False),
+        typer.Argument(metavar="RUN", help="Folder that `medtl train` or `crossval` wrote, or its address.", show_default=False),
     ],
 ) -> None:
-    """Write RUN/report.html, one self-contained page, from the run folder alone.
+    """Write RUN/report.html (of a cross-validation crossval.html), one self-contained page, from the folder alone.
 
     Example: medtl report runs/pneumonia-1
     """
     from medtl_dist.report.build import build_report_in
+    from medtl_dist.report.crossval_page import RECORD, build_crossval_page
     from medtl_dist.store_folder import folder_at
 
-    typer.echo(build_report_in(folder_at(run)))
+    folder = folder_at(run)
+    if not folder.remote and (folder.local_path / RECORD).is_file():
+        typer.echo(build_crossval_page(folder.local_path))
+        return
+    typer.echo(build_report_in(folder))

@@ -181,10 +181,10 @@ def evaluate(
         from medtl_dist.cli.external import evaluate_elsewhere
         from medtl_dist.storage import parse_place
 
-        place = parse_place(run_dir)
-        if place.remote:
-            raise UserError(f"{place.url}: --data needs the run in a folder of this machine: copy it here first.")
-        evaluate_elsewhere(Path(place.path), data, split=split, class_map=class_map, name=name, as_json=as_json)
+        here = parse_place(run_dir)
+        if here.remote:
+            raise UserError(f"{here.url}: --data needs the run in a folder of this machine: copy it here first.")
+        evaluate_elsewhere(Path(here.path), data, split=split, class_map=class_map, name=name, as_json=as_json)
         return
     if class_map is not None or name is not None:
         raise UserError("--class-map and --name are for another set: name it with --data SET.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medtl_dist import collectives
+from medtl_dist.data.subset import epochs_fixed
 from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
@@ -43,11 +44,14 @@ def conclude(session: Session, *, open_test: bool) -> None:
 
 
 def _best_checkpoint(session: Session) -> dict[str, Any]:
-    """The best epoch's row whose checkpoint verifies, told loudly where it is not the best one. The same on every rank."""
+    """The best epoch's row whose checkpoint verifies, told loudly where it is not the best one; of a fold with fixed epochs
+    the last epoch's and no other. The same on every rank."""
     chosen: dict[str, Any] | None = None
     failure: MedtlError | None = None
     if session.run.rank == 0:
         rows = list(session.position.history)
+        if epochs_fixed(session.dataset):
+            rows = rows[-1:]
         best = best_row(rows)
         while chosen is None and (row := best_row(rows)) is not None:
             try:

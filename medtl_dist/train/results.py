@@ -41,6 +41,10 @@ from medtl_dist.train.ledger import (
 from medtl_dist.train.session import Session
 
 SCHEMA_VERSION = 1
+_FOLD_CAUTION = (
+    "One fold of a cross-validation: the numbers here are of images that were trained on, or that the epoch was chosen on. The "
+    "result is crossval.json of the whole."
+)
 
 
 def write(session: Session, best: Mapping[str, Any], scored: Mapping[str, Predictions]) -> None:
@@ -275,7 +279,9 @@ def cautions(config: Config, dataset: Dataset, weights: str, entries: Mapping[st
         found.append(
             f"Trained with {' and '.join(shifting)}: scores are not calibrated probabilities until corrected on val."
         )
-    if "test" not in entries:
+    if dataset.info.get("fold"):
+        found.append(_FOLD_CAUTION)
+    elif "test" not in entries:
         found.append("Validation only: the epoch was chosen on these images, so the numbers are optimistic.")
     return found
 

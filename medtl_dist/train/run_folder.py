@@ -85,15 +85,21 @@ def read_config(folder: Path) -> Config:
 
 
 def chain_finished(folder: Path) -> bool:
-    """Whether the folder's chain, if it holds one, has trained its last stage, or has been compared with its target alone."""
+    """Whether the folder's chain, if it holds one, has trained its last stage, or has been compared with its target alone; or its
+    cross-validation has been pooled."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return bool(json.loads((folder / "chain.json").read_text(encoding="utf-8"))["finished"])
-    return (folder / "compare.json").is_file()
+    return (folder / "compare.json").is_file() or (folder / "crossval.json").is_file()
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The run folders of a chain's trainings, in their order; [] in the folder of a single training."""
-    found = [*folder.glob("stages/*"), *folder.glob("seeds/*/stages/*"), *folder.glob("seeds/*/alone")]
+    """The run folders of a chain's trainings or of folds, in their order; [] in the folder of a single training."""
+    found = [
+        *folder.glob("stages/*"),
+        *folder.glob("seeds/*/stages/*"),
+        *folder.glob("seeds/*/alone"),
+        *folder.glob("folds/*"),
+    ]
     return sorted(
         (part for part in found if (part / "config.yaml").is_file()), key=lambda p: (p.name == "alone", str(p))
     )

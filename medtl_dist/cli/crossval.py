@@ -1,0 +1,95 @@
+"""`medtl crossval`: parse, call the library, print."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset, describe_auc
+from medtl_dist.config import Config, load_config
+
+
+class EpochsFrom(enum.StrEnum):
+    """Where a fold's number of epochs comes from."""
+
+    fixed = "fixed"
+    inner = "inner"
+
+
+def crossval(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder of the cross-validation; made if missing.")],
+    folds: Annotated[int, typer.Option("--folds", help="Parts, each held out once; a patient is in one of them.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are dealt anew.")] = 1,
+    epochs_from: Annotated[
+        EpochsFrom,
+        typer.Option("--epochs-from", help="fixed: train.epochs, the last counts; inner: the best on an inner val."),
+    ] = EpochsFrom.fixed,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on; finished folds are not trained again.")] = False,
+    keep_folds: Annotated[
+        bool, typer.Option("--keep-folds", help="Keep the folds' shard sets (copies of patients' images) in sets/.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cross-validate on a shard set's train and val; its test split is never opened.
+
+    Example: medtl crossval --folds 5 --repeats 3 --preset resnet101 --set data.shards=my_set --run-dir runs/crossval
+    """
+    from medtl_dist.train.crossval import Settings
+
+    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    settings = Settings(folds, repeats, epochs_from.value)
+    run_crossval(resolved, run_dir.absolute(), settings, resume=resume, keep_sets=keep_folds, as_json=as_json)
+
+
+def run_crossval(
+    config: Config, run_dir: Path, settings: Any, *, resume: bool, keep_sets: bool = False, as_json: bool = False
+) -> dict[str, Any]:
+    """Cross-validate in ``run_dir`` (see ``train.crossval.Settings``), write the page, print the outcome and return it."""
+    from medtl_dist.cli.train import _run_one, _with_absolute_paths
+    from medtl_dist.report.crossval_page import build_crossval_page
+    from medtl_dist.train.crossval import check_crossval, cross_validate, one_after_another
+    from medtl_dist.train.run_folder import opened_run_folder
+
+    def train_one(fold: Config, folder: Path, open_test: bool) -> dict[str, Any]:
+        return _run_one(fold, folder, resume=True, test=open_test)[0]
+
+    config = _with_absolute_paths(config)
+    check_crossval(config, settings)
+    with opened_run_folder(run_dir, config, resume=resume) as folder:
+        outcome = cross_validate(
+            config,
+            folder,
+            one_after_another(train_one),
+            settings,
+            say=lambda text: typer.echo(text, err=True),
+            keep_sets=keep_sets,
+        )
+        page = build_crossval_page(folder)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+        return outcome
+    for line in describe(outcome):
+        typer.echo(line)
+    typer.echo(f"page  {page}")
+    return outcome
+
+
+def describe(outcome: dict[str, Any]) -> list[str]:
+    """The few lines that a user reads at the end."""
+    lines = [f"folds {describe_auc(outcome)}; pairs within folds, {outcome['folds']} folds x {outcome['repeats']}"]
+    spread = outcome["spread"]
+    if spread is not None:
+        lines.append(f"      single folds {spread['min']:.3f} to {spread['max']:.3f}, median {spread['median']:.3f}")
+    if outcome["repeats"] > 1:
+        defined = [f"{auc:.3f}" for auc in outcome["per_repeat"] if auc is not None]
+        lines.append(f"      repeats {', '.join(defined)}")
+    patients = "" if outcome["n_groups"] is None else f" of {outcome['n_groups']} patients"
+    lines.append(f"data  {outcome['n']} {outcome['unit']}s{patients}, each held out once a repeat; test was not opened")
+    return [*lines, *(f"note  {caution}" for caution in outcome["cautions"])]
