@@ -22,6 +22,7 @@ from cluster.ray_run import RayRun
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
+from medtl_dist.train.budget import budgeted
 from medtl_dist.train.loop import fit
 from medtl_dist.train.setup import available_cpus
 
@@ -74,7 +75,8 @@ def train_on_ray(config: Config, run_folder: Path, *, open_test: bool = False) -
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a Ray Train worker. What cannot go on is returned: Ray would retry whatever is raised."""
     try:
-        fit(validate(payload["config"]), RayRun(Folder.local(payload["folder"])), open_test=payload["open_test"])
+        run = budgeted(RayRun(Folder.local(payload["folder"])))
+        fit(validate(payload["config"]), run, open_test=payload["open_test"])
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message}
     return {"error": "", "message": ""}

@@ -10,8 +10,10 @@ import typer
 
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
+from medtl_dist.cli.cluster import app as cluster_app
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.jobs import list_runs, logs, stop, submit_app
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
 from medtl_dist.cli.report import report
@@ -35,10 +37,15 @@ data_app.command()(index)
 data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(submit_app, name="submit")
+app.add_typer(cluster_app, name="cluster")
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)
 app.command()(status)
+app.command()(logs)
+app.command()(stop)
+app.command(name="list")(list_runs)
 app.command()(demo)
 app.command()(models)
 
