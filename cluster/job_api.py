@@ -132,6 +132,14 @@ class JobServer:
         """The server's ``ray_version`` and more."""
         return dict(self._json("GET", "/api/version"))
 
+    def asks_for_token(self) -> bool:
+        """Whether the server refuses who comes without a token."""
+        try:
+            answer = self._pool.request("GET", f"{self.address}/api/jobs/", redirect=False, retries=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise _unreachable(self.address, error) from None
+        return answer.status in (401, 403)
+
     def jobs(self) -> list[dict[str, Any]]:
         """Every job the cluster knows, submitted by us or not."""
         return [job for job in self._json("GET", "/api/jobs/") if isinstance(job, dict)]

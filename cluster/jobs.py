@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,15 @@ def submit(server: JobServer, submission: Submission, wheel: Callable[[], bytes]
         if number >= MAX_ATTEMPTS:
             raise UserError(f"--name {submission.name}: {number} attempts are enough; submit it under another name.")
         submission_id = submission.name if number == 0 else f"{submission.name}.{number + 1}"
-        if server.submit(request_of(server, submission, submission_id, wheel)):
+        request = request_of(
+            server,
+            submission_id,
+            submission.entrypoint,
+            files=submission.files,
+            metadata=submission.metadata,
+            wheel=wheel,
+        )
+        if server.submit(request):
             return Placed(submission_id, "resumed" if number else "submitted")
         if number == 0 and not attempts(server.jobs(), submission.name):
             raise UserError(
@@ -87,7 +95,13 @@ def submit(server: JobServer, submission: Submission, wheel: Callable[[], bytes]
 
 
 def request_of(
-    server: JobServer, submission: Submission, submission_id: str, wheel: Callable[[], bytes] | None
+    server: JobServer,
+    submission_id: str,
+    entrypoint: str,
+    *,
+    files: Mapping[str, str],
+    metadata: Mapping[str, str],
+    wheel: Callable[[], bytes] | None,
 ) -> dict[str, Any]:
     """The body of Ray's POST /api/jobs/, its packages uploaded."""
     environment: dict[str, Any] = {"env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}}
@@ -95,13 +109,13 @@ def request_of(
         _check_version(server)
         code = job_package.reproducible(wheel())
         environment["py_modules"] = [server.upload(job_package.package_name(code), code)]
-    files = job_package.zipped(submission.files)
-    environment["working_dir"] = server.upload(job_package.package_name(files), files)
+    folder = job_package.zipped(files)
+    environment["working_dir"] = server.upload(job_package.package_name(folder), folder)
     return {
-        "entrypoint": submission.entrypoint,
+        "entrypoint": entrypoint,
         "submission_id": submission_id,
         "runtime_env": environment,
-        "metadata": submission.metadata,
+        "metadata": dict(metadata),
     }
 
 
@@ -118,8 +132,8 @@ def _check_same(job: Job, submission: Submission) -> None:
     theirs = job.get("metadata") or {}
     if theirs.get("medtl_digest") != submission.digest:
         raise UserError(
-            f"--name {submission.name} is a {theirs.get('medtl_kind')} run of another config, in {theirs.get('medtl_run_folder')}; "
-            "submit the same one to go on with it, or choose another name."
+            f"--name {submission.name} is a {theirs.get('medtl_kind')} run of another config, in "
+            f"{theirs.get('medtl_run_folder')}; submit the same one to go on with it, or choose another name."
         )
 
 

@@ -90,6 +90,17 @@ def local_cluster(nodes: int, *, cpus_per_node: int = 1, gpus_per_node: int = 0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# Ray turns 127.0.0.1 into the machine's outer address, and its agents then listen there, the metrics server without a token.
+# This variable, meant for other systems, keeps every process on the loopback, but makes `ray start` refuse a second node: so
+# the one process that starts a node is told otherwise.
+_OWN_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_ON_LOOPBACK = f"""
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.get_node_ip_address = lambda address=None: {_HOST!r}
+from ray.scripts.scripts import main
+main()
+"""
 _AGENT_PORTS = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port")
 
 
@@ -99,13 +110,20 @@ def _start(options: list[str], token: Path, log: IO[bytes]) -> subprocess.Popen[
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        _OWN_MACHINE: "0",
         "PATH": os.pathsep.join(
             (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
         ),  # jobs call `python`
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", _HOST]
-    command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--disable-usage-stats", *options]
+    command = [sys.executable, "-c", _ON_LOOPBACK, "start", "--block", "--node-ip-address", _HOST]
+    command += [
+        "--object-store-memory",
+        str(_OBJECT_STORE_BYTES),
+        "--disable-usage-stats",
+        "--log-color",
+        "false",
+        *options,
+    ]
     # A session of its own: Ctrl-C at the terminal reaches this process, which ends the nodes in order.
     return subprocess.Popen(
         command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -182,7 +200,7 @@ def _lives(member: tuple[int, str]) -> bool:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """What follows the command's name in /proc/PID/stat: state, parent, …, and at 19 the time of its start; None: it has ended."""
+    """What follows the command's name in /proc/PID/stat: state, parent, …, at 19 the time of its start; None: it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +78,7 @@ def train(
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     submission = planned("train", resolved, name=name, store=store, test=test, max_gpu_hours=max_gpu_hours)
     _submit(
-        submission, resolved, _server(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=1, as_json=as_json,
     )  # fmt: skip
 
@@ -101,7 +102,7 @@ def tune(
     named, text = _read_space(space if space is not None else resolved.tune.space)
     submission = planned("tune", resolved, name=name, store=store, space=named, space_text=text)
     _submit(
-        submission, resolved, _server(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=resolved.tune.num_trials, as_json=as_json,
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def crossval(
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     submission = planned("crossval", resolved, name=name, store=store)
     _submit(
-        submission, resolved, _server(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=1, as_json=as_json,
     )  # fmt: skip
 
@@ -146,7 +147,7 @@ def logs(
     from cluster.job_files import without_frames
     from cluster.jobs import newest
 
-    server = connect(_server(address, token_file, ca_bundle))
+    server = connect(server_of(address, token_file, ca_bundle))
     job = newest(server, _checked(name))
     if follow:
         raise typer.Exit(_follow(server, str(job["submission_id"]), out))
@@ -165,7 +166,7 @@ def stop(
     """
     from cluster.jobs import newest
 
-    server = connect(_server(address, token_file, ca_bundle))
+    server = connect(server_of(address, token_file, ca_bundle))
     job = newest(server, _checked(name))
     stopped = server.stop(str(job["submission_id"])) if job.get("status") in ("PENDING", "RUNNING") else False
     typer.echo(
@@ -182,7 +183,7 @@ def list_runs(
     """
     from cluster.jobs import listed
 
-    rows = listed(connect(_server(address, token_file, ca_bundle)))
+    rows = listed(connect(server_of(address, token_file, ca_bundle)))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -197,7 +198,7 @@ def job_status(name: str, address: str, token_file: Path | None, ca_bundle: Path
     from cluster.job_files import without_frames
     from cluster.jobs import described, newest
 
-    server = connect(_server(address, token_file, ca_bundle))
+    server = connect(server_of(address, token_file, ca_bundle))
     job = newest(server, _checked(name))
     lines = without_frames(server.logs(str(job["submission_id"]))).splitlines()
     facts = described(job) | {"last_lines": lines[-5:]}
@@ -222,10 +223,21 @@ def _checked(name: str) -> str:
     return checked_run_name(name)
 
 
-def _server(address: str, token_file: Path | None, ca_bundle: Path | None) -> Server:
+def server_of(address: str, token_file: Path | None, ca_bundle: Path | None) -> Server:
     from cluster.job_api import Server, find_token
 
     return Server(address, find_token(token_file), ca_bundle)
+
+
+def wheel_of(code: str, wheel: Path | None) -> Callable[[], bytes] | None:
+    """What makes the code to ship; None where the cluster's image holds it. Raises UserError for options that contradict."""
+    from cluster.job_package import build_wheel, checked_wheel
+
+    if code not in ("wheel", "image") or (code == "image" and wheel is not None):
+        raise UserError(f"--code {code}: expected wheel, or image (without --wheel).")
+    if code == "image":
+        return None
+    return build_wheel if wheel is None else lambda: checked_wheel(wheel)
 
 
 def connect(server: Server) -> JobServer:
@@ -253,12 +265,10 @@ def _submit(
     submission: Submission, config: Config, where: Server, *, code: str, wheel: Path | None, wait: bool, out: Path | None,
     dry_run: bool, images_per_s: float, trials: int, as_json: bool,
 ) -> None:  # fmt: skip
-    from cluster.job_package import build_wheel, checked_wheel
     from cluster.job_plan import described, estimate
     from cluster.jobs import submit
 
-    if code not in ("wheel", "image") or (code == "image" and wheel is not None):
-        raise UserError(f"--code {code}: expected wheel, or image (without --wheel).")
+    make = wheel_of(code, wheel)
     if dry_run:
         hours = estimate(submission.config, _counts(config), images_per_s=images_per_s, trials=trials)
         shipped = "in the image" if code == "image" else f"wheel {wheel}" if wheel else "wheel, built from the sources"
@@ -268,7 +278,6 @@ def _submit(
             typer.echo("note: the set can't be read from here, so its GPU hours are unknown.", err=True)
         return
     server = connect(where)
-    make = None if code == "image" else (lambda: checked_wheel(wheel)) if wheel else build_wheel
     placed = submit(server, submission, make)
     typer.echo(
         f"{submission.name}: {placed.news} as {placed.submission_id}; run folder {submission.run_folder}", err=True

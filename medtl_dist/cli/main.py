@@ -13,6 +13,7 @@ from medtl_dist.cli.audit import audit
 from medtl_dist.cli.cluster import app as cluster_app
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.doctor import doctor
 from medtl_dist.cli.jobs import list_runs, logs, stop, submit_app
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
@@ -43,6 +44,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(report)
 app.command()(status)
+app.command()(doctor)
 app.command()(logs)
 app.command()(stop)
 app.command(name="list")(list_runs)
