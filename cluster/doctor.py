@@ -65,57 +65,74 @@ def nodes(config: Config | None, store: str | None, *, step: bool = False) -> li
         UserError: there is none.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from cluster.train import connected
     from medtl_dist.config import load_config
 
     base = config or load_config()
     joined = base.model_copy(update={"cluster": base.cluster.model_copy(update={"address": "auto"})})
+    tree = None if config is None else config.model_dump(mode="json")
     with connected(joined):
         alive = [node for node in ray.nodes() if node["Alive"]]
-        names = {node["NodeID"]: f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})" for node in alive}
-
-        def on(node: dict[str, Any]) -> Any:
-            return NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-
         marker = f"doctor-{uuid.uuid4().hex}"
-        failure = None if store is None else _write_marker(store, marker)
-        tree = None if config is None else config.model_dump(mode="json")
-        ask: Any = ray.remote(probe_node)
-        rows, offsets = [], {}
-        for node in (
-            alive
-        ):  # one after the other: bounds of a clock are as tight as its answer is fast, and a store is asked gently
-            ref = ask.options(num_cpus=0, scheduling_strategy=on(node)).remote(tree, store, marker)
-            row: dict[str, Any] = ray.get(ref, timeout=_WAIT_S)
-            began = time.time()
-            theirs = ray.get(
-                ray.remote(time.time).options(num_cpus=0, scheduling_strategy=on(node)).remote(), timeout=_WAIT_S
-            )
-            offsets[names[node["NodeID"]]] = (theirs - time.time(), theirs - began)
-            row["gpus"]["ray"] = int(node["Resources"].get("GPU", 0))
-            rows.append((names[node["NodeID"]], row))
-        if store is not None and failure is None:
-            _delete_marker(store, marker)
-        findings = [checks.versions({"driver": installed_versions()} | {name: row["versions"] for name, row in rows})]
-        needed = _gpus_needed(config)
-        wanted = config is not None and bool(config.cluster.use_gpu)
-        findings.append(checks.gpus({name: row["gpus"] for name, row in rows}, wanted=wanted, needed=needed))
-        findings += [checks.shared_memory(name, row["shm"]) for name, row in rows]
-        findings.append(checks.clocks(offsets))
+        failure = "" if store is None else _write_marker(store, marker)
+        try:
+            rows = {_name(node): _asked(node, tree, store, marker) for node in alive}
+        finally:
+            if store is not None and not failure:
+                Folder.at_url(store).delete(marker)
+        findings = _node_findings(rows, config)
         if store is not None:
-            failures = ({"the driver": failure} if failure else {}) | {n: r["store"] for n, r in rows if r["store"]}
-            findings.append(checks.stores(store, failures, [n for n, r in rows if not r["seen"]], [n for n, _ in rows]))
-        findings.append(_measure_all_reduce([on(node) for node in alive], gpu=all(r["gpus"]["ray"] for _, r in rows)))
-        if config is not None:
-            findings.append(checks.timeouts(config.train.collective_timeout_s))
-            findings += _data_findings([(name, row["shards"]) for name, row in rows], config)
-            if step:
-                gpu = 1 if config.cluster.use_gpu else 0
-                where: Any = ray.remote(step_of).options(num_cpus=0, num_gpus=gpu)
-                findings.append(_step_finding(ray.get(where.remote(tree), timeout=_WAIT_S)))
+            failures = ({"the driver": failure} if failure else {}) | {
+                n: r["store"] for n, r in rows.items() if r["store"]
+            }
+            unseen = [name for name, row in rows.items() if not row["seen"]]
+            findings.append(checks.stores(store, failures, unseen, list(rows)))
+        gpu = all(row["gpus"]["ray"] for row in rows.values())
+        findings.append(_measure_all_reduce([_on(node) for node in alive], gpu=gpu))
+        if config is not None and step:
+            where: Any = ray.remote(step_of).options(num_cpus=0, num_gpus=1 if config.cluster.use_gpu else 0)
+            findings.append(_step_finding(ray.get(where.remote(tree), timeout=_WAIT_S)))
         return findings
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
+
+
+def _on(node: dict[str, Any]) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+
+
+def _asked(node: dict[str, Any], tree: dict[str, Any] | None, store: str | None, marker: str) -> dict[str, Any]:
+    """What a node tells of itself. Nodes are asked one after the other: an idle one answers fast, which bounds its clock."""
+    import ray
+
+    place = {"num_cpus": 0, "scheduling_strategy": _on(node)}
+    probe: Any = ray.remote(probe_node).options(**place)
+    row: dict[str, Any] = ray.get(probe.remote(tree, store, marker), timeout=_WAIT_S)
+    clock: Any = ray.remote(time.time).options(**place)
+    began = time.time()
+    theirs: Any = ray.get(clock.remote(), timeout=_WAIT_S)
+    row["clock"] = (theirs - time.time(), theirs - began)
+    row["gpus"]["ray"] = int(node["Resources"].get("GPU", 0))
+    return row
+
+
+def _node_findings(rows: dict[str, dict[str, Any]], config: Config | None) -> list[Finding]:
+    wanted = config is not None and bool(config.cluster.use_gpu)
+    findings = [
+        checks.versions({"driver": installed_versions()} | {name: row["versions"] for name, row in rows.items()}),
+        checks.gpus({name: row["gpus"] for name, row in rows.items()}, wanted=wanted, needed=_gpus_needed(config)),
+        *(checks.shared_memory(name, row["shm"]) for name, row in rows.items()),
+        checks.clocks({name: row["clock"] for name, row in rows.items()}),
+    ]
+    if config is not None:
+        findings.append(checks.timeouts(config.train.collective_timeout_s))
+        findings += _data_findings([(name, row["shards"]) for name, row in rows.items()], config)
+    return findings
 
 
 def probe_node(tree: dict[str, Any] | None, store: str | None, marker: str) -> dict[str, Any]:
@@ -170,15 +187,12 @@ def probe_store(url: str) -> str:
     return "" if same else "what was written is not what is read"
 
 
-def _write_marker(store: str, marker: str) -> str | None:
+def _write_marker(store: str, marker: str) -> str:
+    """Leave a file for the nodes to see; "" where that works, else why not."""
     failure = probe_store(store)
     if not failure:
         Folder.at_url(store).write(marker, b"")
-    return failure or None
-
-
-def _delete_marker(store: str, marker: str) -> None:
-    Folder.at_url(store).delete(marker)
+    return failure
 
 
 def _seen(store: str, marker: str) -> bool:

@@ -18,6 +18,7 @@ class FakeJobs:
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, str] = {}
+        self.default_log = ""
         self.packages: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, bytes]] = []
         self.token: str | None = TOKEN
@@ -84,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if job is None:
             return 404, f"Job {name} does not exist"
         if rest == ["logs"]:
-            return 200, {"logs": state.logs.get(name, "")}
+            return 200, {"logs": state.logs.get(name, state.default_log)}
         if rest == ["stop"]:
             stopped = job["status"] == "RUNNING"
             if stopped:
