@@ -12,6 +12,7 @@ import ray.train.torch
 import torch
 
 from cluster import notices
+from cluster.metrics import export
 from medtl_dist import collectives
 from medtl_dist.run import Folder, Signal
 
@@ -57,6 +58,7 @@ class RayRun:
         return ray.train.torch.get_device()
 
     def report(self, metrics: Mapping[str, float | int | None]) -> None:
+        export(metrics, rank=self.rank, run=self.folder.path.rpartition("/")[2])
         ray.train.report(dict(metrics))
 
     def poll(self) -> Signal:

@@ -28,6 +28,7 @@ from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, Interrupted, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder, folder_at
+from medtl_dist.train.budget import budgeted
 from medtl_dist.train.lease import fenced
 from medtl_dist.train.loop import fit
 from medtl_dist.train.setup import available_cpus, storage_of
@@ -187,7 +188,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         run = RayRun(folder, payload["attempt"])
         if run.rank == 0:
             notices.mark_begun(run.attempt)
-        fit(config, run, open_test=payload["open_test"])
+        fit(config, budgeted(run), open_test=payload["open_test"])
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message, "why": int(run.why) if run else 0}
     return {"error": "", "message": "", "why": 0}

@@ -10,11 +10,14 @@ import typer
 
 from medtl_dist import __version__
 from medtl_dist.cli.audit import audit
+from medtl_dist.cli.cluster import app as cluster_app
 from medtl_dist.cli.compare import compare
 from medtl_dist.cli.crossval import crossval
 from medtl_dist.cli.data import app as data_app
 from medtl_dist.cli.demo import demo
+from medtl_dist.cli.doctor import doctor
 from medtl_dist.cli.export import export
+from medtl_dist.cli.jobs import list_runs, logs, stop, submit_app
 from medtl_dist.cli.k8s import app as k8s_app
 from medtl_dist.cli.models import models
 from medtl_dist.cli.predict import predict
@@ -41,6 +44,8 @@ data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(runs_app, name="runs")
+app.add_typer(submit_app, name="submit")
+app.add_typer(cluster_app, name="cluster")
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
@@ -49,6 +54,10 @@ app.command()(export)
 app.command()(crossval)
 app.command()(report)
 app.command()(status)
+app.command()(doctor)
+app.command()(logs)
+app.command()(stop)
+app.command(name="list")(list_runs)
 app.command()(demo)
 app.command()(models)
 

@@ -10,7 +10,9 @@ import typer
 def report(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Folder that `medtl train` or `crossval` wrote, or its address.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="Folder that `medtl train` or `crossval` wrote, or its address.", show_default=False
+        ),
     ],
 ) -> None:
     """Write RUN/report.html (of a cross-validation crossval.html), one self-contained page, from the folder alone.

@@ -8,16 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from medtl_dist.cli.follow import epoch_line, progress_facts
+from medtl_dist.cli.jobs import CaBundle, TokenFile, job_status
 
 
 def status(
-    run: Annotated[str, typer.Argument(help="Run folder, or its s3:// or gs:// address.")],
+    run: Annotated[
+        str, typer.Argument(help="Run folder, or its s3:// address; with --address a submitted run's name.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    address: Annotated[str | None, typer.Option(help="Ask this cluster's job server, http(s)://HOST:PORT.")] = None,
+    token_file: TokenFile = None,
+    ca_bundle: CaBundle = None,
 ) -> None:
     """Say where a run stands, while it goes on or after it.
 
-    Example: medtl status runs/chest-resnet101-20261123-031500
+    \b
+    Examples:
+      medtl status runs/chest-resnet101-20261123-031500
+      medtl status xrays-1 --address https://ray.example.org
     """
+    if address is not None:
+        job_status(run, address, token_file, ca_bundle, as_json=as_json)
+        return
     from medtl_dist.store_folder import folder_at
     from medtl_dist.train.run_store import status_in
 

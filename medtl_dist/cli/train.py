@@ -38,6 +38,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and stop; nothing is opened or written.")
     ] = False,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option(help="Stop at a checkpoint after so many hours × ranks, attempts before it included."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on a shard set, in this process or with Ray Train workers.
@@ -50,11 +54,24 @@ def train(
         return
     from medtl_dist.train.run_folder import default_run_folder
 
-    run_train(resolved, run_dir or default_run_folder(resolved), resume=resume, test=test, as_json=as_json)
+    run_train(
+        resolved,
+        run_dir or default_run_folder(resolved),
+        resume=resume,
+        test=test,
+        as_json=as_json,
+        max_gpu_hours=max_gpu_hours,
+    )
 
 
 def run_train(
-    config: Config, run_dir: Path | str, *, resume: bool, test: bool, as_json: bool = False
+    config: Config,
+    run_dir: Path | str,
+    *,
+    resume: bool,
+    test: bool,
+    as_json: bool = False,
+    max_gpu_hours: float | None = None,
 ) -> dict[str, Any]:
     """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
     from medtl_dist.storage import parse_place
@@ -65,10 +82,12 @@ def run_train(
     place = parse_place(run_dir)
     run_dir = place.url if place.remote else Path(place.url)
     folder_at(run_dir)
+    if config.transfer.stages and max_gpu_hours is not None:
+        raise UserError("--max-gpu-hours with transfer.stages: give each training of a chain a limit of its own.")
     if config.transfer.stages and isinstance(run_dir, Path):
         return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
-    outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test)
+    outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test, max_gpu_hours=max_gpu_hours)
     if as_json:
         typer.echo(json.dumps(outcome))
     else:
@@ -78,11 +97,13 @@ def run_train(
     return outcome
 
 
-def _run_one(config: Config, run_dir: Path | str, *, resume: bool, test: bool) -> tuple[dict[str, Any], str, bool]:
+def _run_one(
+    config: Config, run_dir: Path | str, *, resume: bool, test: bool, max_gpu_hours: float | None = None
+) -> tuple[dict[str, Any], str, bool]:
     """One training with its report: its results, the report, and whether it had finished before."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report_in
-    from medtl_dist.train import results
+    from medtl_dist.train import budget, results
     from medtl_dist.train.run_store import opened_run
     from medtl_dist.train.session import check_same_data
 
@@ -92,8 +113,13 @@ def _run_one(config: Config, run_dir: Path | str, *, resume: bool, test: bool) -
             check_same_data(config, results.read_results(place), run_dir)
             done = not test or "test" in results.read_results(place)["splits"]
         if not done:
+            budget.limit(place, max_gpu_hours)
             with following(place):
-                _train_somewhere(config, place, test=test)
+                try:
+                    _train_somewhere(config, place, test=test)
+                except Interrupted:
+                    budget.raise_if_used_up(place)
+                    raise
         report_path = build_report_in(place)
         return results.read_results(place), report_path, done
 
@@ -137,12 +163,13 @@ def _train_somewhere(config: Config, place: Folder, *, test: bool) -> None:
         launch_training(config, place if place.remote else place.local_path, open_test=test)
         return
     from medtl_dist.run import LocalRun
+    from medtl_dist.train.budget import budgeted
     from medtl_dist.train.loop import fit
 
     run = LocalRun(place)
     run.stop_on_signals()
     try:
-        fit(config, run, open_test=test)
+        fit(config, budgeted(run), open_test=test)
     except Interrupted as error:
         if run.received == signal.SIGINT:
             typer.echo(error.message, err=True)

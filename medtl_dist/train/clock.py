@@ -32,6 +32,18 @@ class Clock:
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
+    def of_rank(self, batch_size: float) -> dict[str, float]:
+        """This rank's own numbers of the epoch; ``batch_size``: its share of the global batch. Zeros where no step was made."""
+        shares = {
+            name: self.seconds[name] / self.train_s if self.train_s > 0 else 0.0
+            for name in ("data_wait", "communication")
+        }
+        return {
+            "rank_images_per_s": self.num_steps * batch_size / self.train_s if self.train_s > 0 else 0.0,
+            "rank_data_wait_fraction": shares["data_wait"],
+            "rank_communication_fraction": shares["communication"],
+        }
+
     def row(self, global_batch_size: int) -> dict[str, float]:
         """The clock's columns of the history; a rate of 0 where no step was made."""
         train_s = self.train_s

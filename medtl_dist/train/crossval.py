@@ -243,4 +243,3 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             f"{folder} holds another cross-validation ({'; '.join(changes)}); --resume needs the same one. More repeats can't be "
             "added to it: name another folder with --run-dir."
         )
-

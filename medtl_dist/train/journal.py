@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from medtl_dist.config import Config
 from medtl_dist.run import Folder, Run
-from medtl_dist.train.mlflow_log import MlflowLog
 from medtl_dist.store_folder import StoreFolder
+from medtl_dist.train.mlflow_log import MlflowLog
 from medtl_dist.train.outbox import Outbox
 
 _PROGRESS_EVERY_S = 1.0

@@ -217,7 +217,8 @@ def close_epoch(session: Session, clock: Clock) -> None:
     row["checkpoint_s"] = clock.seconds["checkpoint"]  # of the checkpoint itself it can't be in its copy of the history
     session.journal.epoch(row, step=position.global_step)
     session.journal.progress(_progress(session, Clock(), row["train_loss"]))
-    run.report({name: value for name, value in row.items() if not isinstance(value, str)})
+    own = clock.of_rank(session.config.data.global_batch_size / run.world_size)
+    run.report({name: value for name, value in row.items() if not isinstance(value, str)} | own)
 
 
 def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float | None]:

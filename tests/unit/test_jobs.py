@@ -1,0 +1,545 @@
+"""Submission against a stand-in for Ray's job server: attempts, attaching, tokens, packages, what comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from job_server import TOKEN, FakeJobs, fake_job_server
+
+from cluster import job_files, job_package
+from cluster.job_api import JobServer, Server, find_token, is_loopback
+from cluster.job_plan import Submission, checked_run_name, estimate, planned
+from cluster.jobs import attempts, exit_code, follow, listed, submit
+from medtl_dist.cli.main import run
+from medtl_dist.config import Config, load_config, validate
+from medtl_dist.errors import DataError, Interrupted, UserError
+from medtl_dist.run import Folder
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeJobs]:
+    with fake_job_server() as state:
+        yield state
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.touch(mode=0o600)
+    path.write_text(TOKEN + "\n")
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "medtl_dist-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("tune_spaces", "medtl_dist", "cluster"):
+            archive.writestr(f"{name}/__init__.py", "")
+    return path
+
+
+def _config(*overrides: str) -> Config:
+    return load_config(preset="smoke", overrides=["data.shards=sets/x", *overrides])
+
+
+def _plan(name: str = "run-1", *overrides: str, **options: Any) -> Submission:
+    return planned("train", _config(*overrides), name=name, store="/mnt/store", **options)
+
+
+def _server(fake: FakeJobs) -> JobServer:
+    return JobServer(Server(fake.address, TOKEN))
+
+
+def _no_wheel() -> bytes:
+    raise AssertionError("nothing is built for a job that is not started")
+
+
+# --- the plan
+
+
+@pytest.mark.parametrize(
+    "name", ["", "A", "1a", "a_b", "a.2", "a-", "../x", "a b", "a;rm", "$(id)", "a\n", "ä", "a" * 48]
+)
+def test_a_name_that_a_folder_a_url_or_a_shell_would_read_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        checked_run_name(name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).filter(
+        lambda text: "://" not in text and ".." not in text and not text.startswith("~")
+    ),
+    st.from_regex(r"/[ -~]{1,30}", fullmatch=True).filter(lambda text: "://" not in text and "/.." not in text),
+)
+def test_values_with_characters_of_a_shell_reach_the_command_as_they_are(shards: str, store: str) -> None:
+    tree = _config().model_dump(mode="json")
+    tree["data"]["shards"] = shards
+    submission = planned("train", validate(tree), name="run-1", store=store, space_text="x")
+    assert shlex.split(submission.entrypoint) == submission.command
+    config = load_config_text(submission.files["config.yaml"])
+    assert config == submission.config
+    assert config.data.shards is not None
+    assert config.data.shards.endswith(shards.rstrip("/").split("/")[-1].removeprefix("./"))
+
+
+def load_config_text(text: str) -> Config:
+    import yaml
+
+    return validate(yaml.safe_load(text))
+
+
+def test_an_entrypoint_run_by_a_shell_executes_nothing_of_the_values(tmp_path: Path) -> None:
+    store = f"{tmp_path}/$(touch {tmp_path.name})`touch b`;touch c;'\"&|><* x"
+    words = shlex.join(["printf", "%s\\n", *planned("train", _config(), name="r", store=store).command])
+    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)  # noqa: S602
+    assert done.stdout.splitlines()[3] == f"{store}/runs/r"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_paths_lie_in_the_store_and_the_cluster_is_the_jobs_own() -> None:
+    submission = _plan(
+        "run-1", "cluster.num_workers=0", "cluster.address=ray://elsewhere:10001", "model.weights=w/a.pth"
+    )
+    assert submission.config.data.shards == "/mnt/store/sets/x"
+    assert submission.config.model.weights == "/mnt/store/w/a.pth"
+    assert submission.config.cluster.address == "auto"
+    assert submission.config.cluster.num_workers == 1
+    assert submission.run_folder == "/mnt/store/runs/run-1"
+    assert "--resume" in submission.command
+    assert (
+        planned("train", _config("data.shards=s3://b/x"), name="r", store="s3://b/p").config.data.shards == "s3://b/x"
+    )
+
+
+@pytest.mark.parametrize(
+    "store", ["runs", "http://host/x", "s3://user:key@bucket/x", "s3://b/x?X-Amz-Signature=1", "pipe:rm"]
+)
+def test_a_store_that_nodes_can_not_share_or_that_holds_a_secret_is_refused(store: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned("train", _config(), name="r", store=store)
+    assert "Signature" not in caught.value.message
+    assert "key@" not in caught.value.message
+
+
+@pytest.mark.parametrize("shards", ["~/x", "../x", "s3://id:secretkey@bucket/x"])
+def test_a_set_that_the_cluster_can_not_see_is_refused(shards: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned("train", _config(f"data.shards={shards}"), name="r", store="/mnt/s")
+    assert "secretkey" not in caught.value.message
+
+
+def test_the_estimate_is_images_over_speed() -> None:
+    config = _config("train.epochs=10")
+    found = estimate(config, {"train": 3_000_000, "val": 600_000}, images_per_s=1000.0, trials=3)
+    assert found["gpu_hours_at_most"] == pytest.approx(3 * 10 * (3_000_000 + 200_000) / 1000 / 3600, abs=1e-4)
+    assert estimate(config, None)["gpu_hours_at_most"] is None
+    with pytest.raises(UserError, match="images-per-s"):
+        estimate(config, None, images_per_s=0.0)
+
+
+# --- the server and its token
+
+
+def test_http_to_another_machine_without_a_token_is_refused() -> None:
+    for host in ("ray.example.org:8265", "10.0.0.5", "127.0.0.1.example.org", "[2001:db8::1]:80"):
+        with pytest.raises(UserError, match="without a token"):
+            Server(f"http://{host}")
+        assert Server(f"http://{host}", TOKEN).in_the_clear
+        assert not Server(f"https://{host}").in_the_clear
+    for host in ("127.0.0.1:8265", "localhost", "[::1]:1", "127.8.8.8"):
+        assert not Server(f"http://{host}").in_the_clear
+    assert not is_loopback("localhost.example.org")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ray://h:1",
+        "h:8265",
+        "http://",
+        "http://u:p@h",
+        "http://h/?token=s3cret",
+        "https://h/path",
+        "http://h:0",
+        "http://h:x",
+        "http://a b",
+    ],
+)
+def test_an_address_that_is_none_or_holds_a_secret_is_refused_without_showing_it(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Server(address, TOKEN)
+    assert "s3cret" not in caught.value.message
+    assert "u:p" not in caught.value.message
+
+
+def test_the_token_is_found_as_ray_finds_it_and_shown_by_nothing(tmp_path: Path, token_file: Path) -> None:
+    assert find_token(token_file, {"RAY_AUTH_TOKEN": "another-token"}) == TOKEN
+    assert find_token(None, {"RAY_AUTH_TOKEN": TOKEN}) == TOKEN
+    assert find_token(None, {"RAY_AUTH_TOKEN_PATH": str(token_file)}) == TOKEN
+    assert find_token(None, {"HOME": str(tmp_path)}) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    (tmp_path / ".ray" / "auth_token").chmod(0o600)
+    assert find_token(None, {"HOME": str(tmp_path)}) == TOKEN
+    assert TOKEN not in repr(Server("https://h", TOKEN))
+
+
+def test_a_token_file_of_everybody_or_with_a_second_line_is_refused(token_file: Path) -> None:
+    token_file.write_text(f"{TOKEN}\nX-Other: header")
+    with pytest.raises(UserError, match="holds no token") as caught:
+        find_token(token_file, {})
+    assert TOKEN not in caught.value.message
+    token_file.write_text(TOKEN)
+    token_file.chmod(0o644)
+    with pytest.raises(UserError, match="chmod 600"):
+        find_token(token_file, {})
+    with pytest.raises(UserError, match="can't be read"):
+        find_token(token_file.parent / "none", {})
+
+
+@pytest.mark.parametrize(("token", "said"), [(None, "asks for a token"), ("wrong-token-1", "refuses this token")])
+def test_no_or_a_wrong_token_is_one_message(fake: FakeJobs, token: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        JobServer(Server(fake.address, token)).jobs()
+    assert "wrong-token-1" not in caught.value.message
+
+
+def test_a_redirect_is_not_followed_so_the_token_stays_here(fake: FakeJobs) -> None:
+    with fake_job_server() as elsewhere:
+        fake.redirect_to = elsewhere.address + "/api/jobs/"
+        with pytest.raises(UserError, match="HTTP 302"):
+            _server(fake).jobs()
+        assert elsewhere.requests == []
+
+
+def test_an_untrusted_certificate_and_no_server_are_told_apart(tmp_path: Path) -> None:
+    import ssl
+
+    from urllib3.exceptions import MaxRetryError, SSLError
+
+    from cluster.job_api import _unreachable
+
+    untrusted = MaxRetryError(None, "/", SSLError(ssl.SSLCertVerificationError("self-signed")))  # type: ignore[arg-type]
+    assert isinstance(_unreachable("https://h", untrusted), UserError)
+    with pytest.raises(Interrupted, match="can't be reached"):
+        JobServer(Server("http://127.0.0.1:9")).jobs()
+    with pytest.raises(UserError, match="no such file"):
+        Server("https://h", None, tmp_path / "none.pem")
+
+
+# --- attempts
+
+
+def test_a_name_is_submitted_once_attached_to_and_resumed_under_a_number(fake: FakeJobs) -> None:
+    server = _server(fake)
+    assert submit(server, _plan(), None).news == "submitted"
+    again = submit(server, _plan(), _no_wheel)
+    assert (again.submission_id, again.news) == ("run-1", "attached")
+    fake.end("run-1", "FAILED", 75)
+    resumed = submit(server, _plan(), None)
+    assert (resumed.submission_id, resumed.news) == ("run-1.2", "resumed")
+    fake.end("run-1.2", "STOPPED", None)
+    assert submit(server, _plan(), None).submission_id == "run-1.3"
+    fake.end("run-1.3", "SUCCEEDED", 0)
+    assert submit(server, _plan(), _no_wheel).news == "finished"
+    with_test = submit(server, _plan(test=True), None)  # asks for more than the finished job did
+    assert (with_test.submission_id, with_test.news) == ("run-1.4", "resumed")
+    assert [row["attempt"] for row in listed(server)] == ["run-1.4"]
+
+
+def test_another_config_under_the_same_name_is_refused_and_another_cluster_size_is_not(fake: FakeJobs) -> None:
+    server = _server(fake)
+    submit(server, _plan(), None)
+    with pytest.raises(UserError, match="another config"):
+        submit(server, _plan("run-1", "optim.lr=0.5"), None)
+    fake.end("run-1", "FAILED", 5)
+    assert submit(server, _plan("run-1", "cluster.num_workers=4"), None).news == "resumed"
+
+
+def test_names_that_begin_alike_are_not_confused() -> None:
+    def job(submission_id: str, name: str) -> dict[str, Any]:
+        return {"submission_id": submission_id, "metadata": {"medtl_name": name}, "status": "RUNNING"}
+
+    jobs = [
+        job("a.10", "a"),
+        job("a", "a"),
+        job("a-2", "a-2"),
+        job("a.2", "a"),
+        job("a.2x", "a"),
+        job("a.3", "other"),
+        job("a.1", "a"),
+    ]
+    assert [number for number, _ in attempts(jobs, "a")] == [1, 2, 10]
+    assert attempts([{"type": "DRIVER", "submission_id": None, "metadata": None}], "a") == []
+
+
+def test_of_two_submitters_at_once_one_starts_the_job(fake: FakeJobs) -> None:
+    barrier, found = threading.Barrier(4), []
+
+    def go() -> None:
+        server = _server(fake)
+        barrier.wait()
+        found.append(submit(server, _plan(), None).news)
+
+    threads = [threading.Thread(target=go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == ["attached"] * 3 + ["submitted"]
+    assert list(fake.jobs) == ["run-1"]
+
+
+def test_a_job_of_this_id_that_is_not_ours_is_left_alone(fake: FakeJobs) -> None:
+    fake.jobs["run-1"] = {"submission_id": "run-1", "metadata": {}, "status": "RUNNING"}
+    with pytest.raises(UserError, match="medtl did not submit"):
+        submit(_server(fake), _plan(), None)
+
+
+def test_a_cluster_of_another_ray_is_refused_only_for_shipped_code(fake: FakeJobs, wheel: Path) -> None:
+    fake.ray_version = "2.9.0"
+    with pytest.raises(UserError, match=r"Ray 2\.9\.0"):
+        submit(_server(fake), _plan(), wheel.read_bytes)
+    assert submit(_server(fake), _plan(), None).news == "submitted"
+
+
+def test_what_is_sent_holds_code_config_and_nothing_secret(
+    fake: FakeJobs, wheel: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-aws-secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    fake.endings = [("SUCCEEDED", 0)]
+    arguments = [
+        "submit",
+        "train",
+        "--preset",
+        "smoke",
+        "--set",
+        "data.shards=sets/x",
+        "--name",
+        "run-1",
+        "--store",
+        "/mnt/s",
+    ]
+    arguments += ["--address", fake.address, "--wheel", str(wheel), "--out", str(tmp_path / "out")]
+    assert run(arguments) == 0
+    sent = b"".join(path.encode() + body for _, path, body in fake.requests)
+    assert b"canary" not in sent
+    job = fake.jobs["run-1"]
+    assert "canary" not in json.dumps(job)
+    (code,) = job["runtime_env"]["py_modules"]
+    files = {name: zipfile.ZipFile(io.BytesIO(data)) for name, data in fake.packages.items()}
+    assert files[job["runtime_env"]["working_dir"].removeprefix("gcs://")].namelist() == ["config.yaml"]
+    assert "cluster/__init__.py" in files[code.removeprefix("gcs://")].namelist()
+    assert set(job["runtime_env"]) == {"working_dir", "py_modules", "env_vars"}
+    uploads = sum(method == "PUT" for method, _, _ in fake.requests)
+    fake.jobs.clear()
+    fake.endings = [("SUCCEEDED", 0)]
+    assert run(arguments) == 0
+    assert sum(method == "PUT" for method, _, _ in fake.requests) == uploads  # the same bytes are not sent twice
+
+
+# --- what comes back
+
+
+def _finished(folder: Path) -> Folder:
+    place = Folder.local(folder)
+    place.write("results.json", json.dumps({"auc": 0.9}).encode())
+    place.write("report.html", "<p>Ü</p>".encode() * 5000)
+    place.write("model.safetensors", b"weights")
+    return place
+
+
+def test_results_and_report_come_back_through_the_log(fake: FakeJobs, tmp_path: Path) -> None:
+    block = job_files.framed(_finished(tmp_path / "run"))
+    assert block is not None
+    server = _server(fake)
+    submit(server, _plan(), None)
+    fake.logs["run-1"] = f"epoch 1\nepoch 2\n{block}\n"
+    fake.endings = [("SUCCEEDED", 0)]
+    said: list[str] = []
+    job, log = follow(server, "run-1", said.append)
+    assert [line for line in said if line] == ["epoch 1", "epoch 2"]
+    assert exit_code(job) == 0
+    files = job_files.unframed(log)
+    assert files is not None
+    saved = job_files.save(files, tmp_path / "out")
+    assert sorted(path.name for path in saved) == ["report.html", "results.json"]
+    for path in saved:
+        assert path.read_bytes() == (tmp_path / "run" / path.name).read_bytes()
+
+
+def test_a_damaged_or_foreign_block_is_refused(tmp_path: Path) -> None:
+    block = job_files.framed(_finished(tmp_path / "run"))
+    assert block is not None
+    assert job_files.unframed("no block") is None
+    head, body, tail = block.split("\n", 2)
+    flipped = body[:50] + ("A" if body[50] != "A" else "B") + body[51:]
+    for broken in ("\n".join((head, flipped, tail)), "\n".join((head, body[:-8], tail))):
+        with pytest.raises(DataError, match="damaged"):
+            job_files.unframed(broken)
+
+
+def test_a_block_can_name_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_files, "NAMES", ("../evil.html",))
+    (tmp_path / "evil.html").write_text("x")
+    (tmp_path / "run").mkdir()
+    block = job_files.framed(Folder.local(tmp_path / "run"))
+    monkeypatch.undo()
+    assert block is not None
+    with pytest.raises(DataError):
+        job_files.unframed(block)
+
+
+def test_a_report_too_large_for_a_log_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_files, "PACKED_BYTES", 100)
+    assert job_files.framed(_finished(tmp_path / "run")) is None
+    assert job_files.framed(Folder.local(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", 3, 3), ("FAILED", 4, 4), ("FAILED", 5, 5), ("FAILED", 75, 75),
+     ("FAILED", 1, 1), ("FAILED", None, 75), ("FAILED", -9, 75), ("FAILED", 137, 75), ("STOPPED", None, 75), ("STOPPED", 0, 75)],
+)  # fmt: skip
+def test_the_command_ends_with_the_jobs_code(
+    fake: FakeJobs, token_file: Path, tmp_path: Path, status: str, code: int | None, expected: int
+) -> None:
+    fake.endings = [(status, code)]
+    arguments = [
+        "submit",
+        "train",
+        "--preset",
+        "smoke",
+        "--set",
+        "data.shards=sets/x",
+        "--name",
+        "run-1",
+        "--store",
+        "/mnt/s",
+    ]
+    where = ["--address", fake.address, "--token-file", str(token_file)]
+    assert run([*arguments, *where, "--code", "image", "--out", str(tmp_path)]) == expected
+    assert run(["logs", "run-1", "-f", *where]) == expected
+
+
+def test_status_list_stop_and_logs_by_name(
+    fake: FakeJobs, token_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--address", fake.address, "--token-file", str(token_file)]
+    submit(_server(fake), _plan(), None)
+    fake.logs["run-1"] = "epoch 1\nepoch 2\n-----BEGIN MEDTL FILES sha256=00"
+    assert run(["status", "run-1", *where, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["last_lines"]) == ("running", ["epoch 1", "epoch 2"])
+    assert run(["logs", "run-1", *where]) == 0
+    assert capsys.readouterr().out == "epoch 1\nepoch 2\n"
+    assert run(["stop", "run-1", *where]) == 0
+    assert run(["stop", "run-1", *where]) == 0
+    assert capsys.readouterr().out.splitlines() == ["run-1: asked to stop.", "run-1 had already ended (stopped)."]
+    assert run(["list", *where]) == 0
+    assert capsys.readouterr().out == "run-1: train stopped, exit code 75, 1 s, /mnt/store/runs/run-1\n"
+    assert run(["status", "run-2", *where]) == 2
+    assert run(["status", "../x", *where]) == 2
+
+
+def test_a_dry_run_prints_the_plan_and_asks_nobody(
+    fake: FakeJobs, token_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "submit",
+        "train",
+        "--preset",
+        "smoke",
+        "--set",
+        "data.shards=sets/x",
+        "--name",
+        "run-1",
+        "--store",
+        "s3://b/p",
+    ]
+    assert (
+        run(
+            [
+                *arguments,
+                "--address",
+                fake.address,
+                "--token-file",
+                str(token_file),
+                "--dry-run",
+                "--max-gpu-hours",
+                "2",
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    facts = json.loads(printed)
+    assert facts["run_folder"] == "s3://b/p/runs/run-1"
+    assert shlex.split(facts["entrypoint"])[-2:] == ["--max-gpu-hours", "2"]
+    assert TOKEN not in printed
+    assert fake.requests == []
+
+
+def test_a_head_that_was_replaced_is_an_interruption(fake: FakeJobs) -> None:
+    with pytest.raises(Interrupted, match="Submit it again"):
+        follow(_server(fake), "run-1", lambda _line: None)
+
+
+# --- the wheel
+
+
+def test_the_wheel_of_the_sources_is_the_same_bytes_each_time_and_holds_the_entrypoint() -> None:
+    first = job_package.reproducible(job_package.build_wheel())
+    names = zipfile.ZipFile(io.BytesIO(first)).namelist()
+    assert {"medtl_dist/cli/job_entry.py", "cluster/jobs.py", "tune_spaces/__init__.py"} <= set(names)
+    assert any(name.endswith(".dist-info/METADATA") for name in names)
+    assert job_package.reproducible(first) == first
+    assert job_package.package_name(first).startswith("_ray_pkg_")
+
+
+def test_a_file_that_is_no_wheel_of_ours_is_refused(tmp_path: Path, wheel: Path) -> None:
+    assert job_package.checked_wheel(wheel)
+    other = tmp_path / "other.whl"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("medtl_dist/__init__.py", "")
+    (tmp_path / "text.whl").write_text("x")
+    for path in (other, tmp_path / "text.whl", tmp_path / "none.whl"):
+        with pytest.raises(UserError, match="--wheel"):
+            job_package.checked_wheel(path)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("../evil.py", "")
+    with pytest.raises(UserError, match="--wheel"):
+        job_package.checked_wheel(wheel)
+
+
+def test_the_entrypoint_hands_over_only_after_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from medtl_dist.cli import job_entry
+
+    _finished(tmp_path / "run")
+    assert job_entry.main([str(tmp_path / "run"), "models"]) == 0
+    assert job_files.unframed(capsys.readouterr().out) is not None
+    assert job_entry.main([str(tmp_path / "run"), "report", str(tmp_path / "none")]) == 2
+    assert job_files.unframed(capsys.readouterr().out) is None
+
+
+def test_submitting_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from medtl_dist.cli.main import run; import cluster.jobs, cluster.job_plan, cluster.job_package\n"
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
