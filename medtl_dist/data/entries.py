@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medtl_dist.data.label_sets import LabelSets
 from medtl_dist.data.pieces import Draw, Reader
 from medtl_dist.data.plan import IntArray, Piece
 from medtl_dist.data.reader import EvalPass, TrainPass, Window
@@ -26,7 +26,7 @@ class Entries:
     [n], or label sets int8 [n, classes]; ``keys`` uint8 [n, 16]."""
 
     rows: IntArray
-    labels: IntArray | LabelSets
+    labels: npt.NDArray[Any]
     keys: npt.NDArray[np.uint8]
 
     def hex_keys(self) -> list[str]:
@@ -92,8 +92,11 @@ def _listed(reader: Reader, firsts: list[int], piece: Piece) -> Entries:
 def _joined(parts: list[Entries]) -> Entries:
     if len(parts) == 1:
         return parts[0]
-    columns = zip(*((part.rows, part.labels, part.keys) for part in parts), strict=True)
-    return Entries(*(np.concatenate(column) for column in columns))
+    return Entries(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.keys for part in parts]),
+    )
 
 
 def _firsts(dataset: Dataset, split: str) -> list[int]:

@@ -95,6 +95,11 @@ def boundary_depth(config: Config, spec: BackboneSpec) -> int:
     return min([resolve_depth(spec, config.model.frozen_depth), *config.train.unfreeze.values()])
 
 
+def rows_on(device: torch.device) -> int:
+    """How many images the frozen layers are given at a time."""
+    return ROWS.get(device.type, 8)
+
+
 def why_whole(config: Config, spec: BackboneSpec) -> str | None:
     """Why the network is computed as a whole, as far as the config tells; None: its frozen layers can be computed apart."""
     if config.augment.views is None:
@@ -125,7 +130,7 @@ def prefix_of(config: Config, network: Network) -> tuple[Prefix | None, str]:
     return Prefix(
         depth=depth,
         split=parts,
-        rows=ROWS.get(device.type, 8),
+        rows=rows_on(device),
         normalisation=normalisation,
         precision=precision,
         device=device,

@@ -23,9 +23,13 @@ import torch
 from torch import Tensor
 
 from medtl_dist import __version__, collectives
+from medtl_dist.config import Config
 from medtl_dist.data.plan import IntArray
+from medtl_dist.data.shards import Dataset
 from medtl_dist.data.stream import Batch, Kept, rows_batches
+from medtl_dist.data.transforms import EvalTransform
 from medtl_dist.errors import Interrupted, MedtlError, UserError
+from medtl_dist.models.registry import BackboneSpec
 from medtl_dist.models.split import between
 from medtl_dist.run import Signal
 from medtl_dist.train.prefix import Prefix, boundary_of, in_rows, weights_digests
@@ -70,7 +74,7 @@ def cache_of(session: Session) -> PrefixCache | None:
         return None
     network = session.network
     digests = weights_digests(network.model, network.spec, session.prefix.depth)
-    lineage = lineage_of(session, session.prefix)
+    lineage = lineage_of(session.config, session.dataset, network.spec, session.prefix, session.threads)
     cache = PrefixCache(store, session.prefix, lineage, digests, warm.entries)
     needed = [cache.name(shown) for shown in _needed(session)]
     warm.let_go(needed)
@@ -79,39 +83,47 @@ def cache_of(session: Session) -> PrefixCache | None:
     return None if reason else cache
 
 
-def lineage_of(session: Session, prefix: Prefix) -> dict[str, Any]:
+def lineage_of(
+    config: Config, dataset: Dataset, spec: BackboneSpec, prefix: Prefix, threads: int | None
+) -> dict[str, Any]:
     """What a boundary's bits depend on, apart from depth, weights and what is shown."""
-    config, network = session.config, session.network
     return {
         "format": FORMAT_VERSION,
         "versions": [__version__, torch.__version__],
         "processor": _processor(prefix.device),
-        "threads": session.threads,
-        "backbone": network.spec.name,
+        "threads": threads,
+        "backbone": spec.name,
         "join": config.model.join,
-        "channels": session.dataset.channels,
+        "channels": dataset.channels,
         "fold_frozen": config.model.fold_frozen,
-        "precision": network.precision.name,
-        "channels_last": config.train.channels_last,
-        "image_size_px": network.image_size_px,
-        "normalisation": [list(network.normalisation.mean), list(network.normalisation.std)],
+        "precision": prefix.precision.name,
+        "channels_last": prefix.channels_last,
+        "image_size_px": prefix.image_size_px,
+        "normalisation": [list(prefix.normalisation.mean), list(prefix.normalisation.std)],
         "rows": prefix.rows,
-        "dataset": session.dataset.sha256,
+        "dataset": dataset.sha256,
     }
 
 
-def train_shown(session: Session, epoch: int) -> dict[str, Any]:
+def train_shown(config: Config, image_size_px: int, epoch: int) -> dict[str, Any]:
     """What of the training images an epoch shows."""
-    config = session.config
     views = config.augment.views
     assert views is not None
-    transform = dataclasses.asdict(train_transform_of(config, session.network))
+    transform = dataclasses.asdict(train_transform_of(config, image_size_px))
     return {"split": "train", "turn": epoch % views, "views": views, "seed": config.train.seed, "transform": transform}
 
 
-def val_shown(session: Session) -> dict[str, Any]:
+def val_shown(transform: EvalTransform) -> dict[str, Any]:
     """What of the val images every epoch shows."""
-    return {"split": "val", "transform": dataclasses.asdict(session.scorer.transform)}
+    return {"split": "val", "transform": dataclasses.asdict(transform)}
+
+
+def shown_from(config: Config, image_size_px: int, transform: EvalTransform, epoch: int) -> list[dict[str, Any]]:
+    """What a training that has boundaries to keep shows from an epoch on to its end."""
+    assert config.augment.views is not None
+    epochs = range(epoch, config.train.epochs)[: config.augment.views]
+    val = [val_shown(transform)] if config.evaluate.views == "one" else []
+    return [*(train_shown(config, image_size_px, epoch) for epoch in epochs), *val]
 
 
 def kept_train(session: Session) -> Kept | None:
@@ -123,14 +135,15 @@ def kept_train(session: Session) -> Kept | None:
     """
     if session.cache is None:
         return None
-    return _kept(session, session.cache, train_shown(session, session.position.epoch))
+    shown = train_shown(session.config, session.network.image_size_px, session.position.epoch)
+    return _kept(session, session.cache, shown)
 
 
 def kept_val(session: Session) -> Kept | None:
     """As :func:`kept_train`, of val."""
     if session.cache is None or session.scorer.views != "one":
         return None
-    return _kept(session, session.cache, val_shown(session))
+    return _kept(session, session.cache, val_shown(session.scorer.transform))
 
 
 def _kept(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) -> Kept | None:
@@ -227,7 +240,7 @@ def _computer(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) ->
         batches = rows_batches(
             session.dataset,
             split,
-            transform=train_transform_of(config, session.network) if is_train else session.scorer.transform,
+            transform=train_transform_of(config, prefix.image_size_px) if is_train else session.scorer.transform,
             batch_size=prefix.rows,
             start=start,
             stop=stop,
@@ -285,12 +298,8 @@ def _shallower(
 
 
 def _needed(session: Session) -> list[dict[str, Any]]:
-    """What the training shows from here to its end."""
-    config = session.config
-    assert config.augment.views is not None
-    epochs = range(session.position.epoch, config.train.epochs)[: config.augment.views]
-    val = [val_shown(session)] if session.scorer.views == "one" else []
-    return [*(train_shown(session, epoch) for epoch in epochs), *val]
+    transform = session.scorer.transform
+    return shown_from(session.config, session.network.image_size_px, transform, session.position.epoch)
 
 
 def _decision(session: Session, cache: PrefixCache) -> tuple[str | None, str]:

@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ class Store:
                 (path / "marks").mkdir(mode=0o700, parents=True)
                 with (path / "data.bin").open("xb") as file:
                     file.truncate(shape.num_bytes)
-            held = (path / "in_use").open("ab")
+            held = os.open(path / "in_use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(held, fcntl.LOCK_SH)
             os.utime(path / "in_use")
         return Entry(path, shape, dict(about or {}), held)
@@ -153,14 +154,17 @@ class Entry:
     path: Path
     shape: Shape
     about: dict[str, Any]
-    _held: IO[bytes]
+    _held: int  # a descriptor
     _done: set[int] = field(default_factory=set)
     _mapped: Bytes | None = None
 
+    def __post_init__(self) -> None:
+        self._let_go = weakref.finalize(self, os.close, self._held)
+
     def close(self) -> None:
-        """Let go of it. What was read from it in place must not be used any more."""
+        """Let go of it: it may be removed now. What was read from it in place stays readable."""
         self._mapped = None
-        self._held.close()
+        self._let_go()
 
     def fill_one(self, compute: Callable[[int, int], Bytes], turn: int = 0) -> str:
         """Compute one chunk that is missing and that nobody else is at.
@@ -221,7 +225,7 @@ class Entry:
 
     def _digest(self, data: Bytes, chunk: int) -> str:
         start, stop = self.shape.rows_of(chunk)
-        return hashlib.sha256(data[start:stop]).hexdigest()
+        return hashlib.sha256(data[start:stop].data).hexdigest()
 
     def _forget(self, chunk: int, data: Bytes) -> None:
         """Unmark a chunk, unless another process is at it, or has made it anew meanwhile."""
@@ -247,14 +251,14 @@ class Entry:
         if rows.shape != (stop - start, self.shape.row_bytes):
             raise ValueError(f"rows of shape {rows.shape} for {(stop - start, self.shape.row_bytes)}")
         mark.truncate(0)
-        data = memoryview(np.ascontiguousarray(rows)).cast("B")
+        whole = data = np.ascontiguousarray(rows).data.cast("B")
         with (self.path / "data.bin").open("r+b", buffering=0) as file:
             place = start * self.shape.row_bytes
             while data:
                 written = os.pwrite(file.fileno(), data, place)
                 data, place = data[written:], place + written
         mark.seek(0)
-        mark.write(hashlib.sha256(np.ascontiguousarray(rows)).hexdigest().encode())
+        mark.write(hashlib.sha256(whole).hexdigest().encode())
         self._done.add(chunk)
 
     def _commit(self) -> None:

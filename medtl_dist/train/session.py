@@ -251,7 +251,7 @@ def train_stream(session: Session, kept: Kept | None = None) -> Iterator[Batch]:
     batches = train_batches(
         session.dataset,
         "train",
-        transform=train_transform_of(config, session.network),
+        transform=train_transform_of(config, session.network.image_size_px),
         global_batch_size=config.data.global_batch_size,
         seed=config.train.seed,
         epoch=position.epoch,

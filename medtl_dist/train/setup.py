@@ -215,10 +215,10 @@ def scorer_of(config: Config, network: Network) -> Scorer:
     )
 
 
-def train_transform_of(config: Config, network: Network) -> TrainTransform:
+def train_transform_of(config: Config, image_size_px: int) -> TrainTransform:
     """The config's random training view."""
     return TrainTransform(
-        network.image_size_px,
+        image_size_px,
         mode=config.data.eval_view,
         crop_area_min=config.augment.crop_area_min,
         hflip=config.augment.horizontal_flip,
