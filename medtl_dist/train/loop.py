@@ -83,6 +83,7 @@ def train_epoch(session: Session) -> Clock:
     loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
     last: tuple[Tensor, list[str]] | None = None
     with clock.during("prefix_cache"):
+        kept_val(session)  # first: a stop while it is filled loses no step
         kept = kept_train(session)
     batches = agreed(lambda: train_stream(session, kept))
     while position.step < session.plan.num_steps:

@@ -9,7 +9,9 @@ whether, where and since when an entry is kept decides nothing but time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import platform
 import time
@@ -32,7 +34,7 @@ from medtl_dist.errors import Interrupted, MedtlError, UserError
 from medtl_dist.models.registry import BackboneSpec
 from medtl_dist.models.split import between
 from medtl_dist.run import Signal
-from medtl_dist.train.prefix import Prefix, boundary_of, in_rows, weights_digests
+from medtl_dist.train.prefix import Prefix, boundary_of, in_rows, prefix_of, weights_digests
 from medtl_dist.train.prefix_store import FORMAT_VERSION, Entry, Shape, Store
 from medtl_dist.train.setup import Network, train_transform_of
 
@@ -70,11 +72,13 @@ def cache_of(session: Session) -> PrefixCache | None:
     if store is None or mode == "off":
         return None
     if session.prefix is None:
-        session.journal.note(f"prefix cache off: {session.whole_because}")
+        session.journal.note(f"prefix cache off: {prefix_of(session.config, session.network)[1]}")
         return None
     network = session.network
     digests = weights_digests(network.model, network.spec, session.prefix.depth)
-    lineage = lineage_of(session.config, session.dataset, network.spec, session.prefix, session.threads)
+    lineage = lineage_of(
+        session.config, session.dataset, network.spec, session.prefix, session.threads, network.frozen_depth
+    )
     cache = PrefixCache(store, session.prefix, lineage, digests, warm.entries)
     needed = [cache.name(shown) for shown in _needed(session)]
     warm.let_go(needed)
@@ -84,18 +88,22 @@ def cache_of(session: Session) -> PrefixCache | None:
 
 
 def lineage_of(
-    config: Config, dataset: Dataset, spec: BackboneSpec, prefix: Prefix, threads: int | None
+    config: Config, dataset: Dataset, spec: BackboneSpec, prefix: Prefix, threads: int | None, frozen_depth: int
 ) -> dict[str, Any]:
-    """What a boundary's bits depend on, apart from depth, weights and what is shown."""
+    """What a boundary's bits depend on, apart from its depth, the weights and what is shown.
+
+    ``frozen_depth``: stages that are frozen now. They are those that are folded, and a norm after the boundary can be folded
+    into a convolution before it.
+    """
     return {
         "format": FORMAT_VERSION,
-        "versions": [__version__, torch.__version__],
+        "versions": _versions(),
         "processor": _processor(prefix.device),
         "threads": threads,
         "backbone": spec.name,
         "join": config.model.join,
         "channels": dataset.channels,
-        "fold_frozen": config.model.fold_frozen,
+        "folded": frozen_depth if config.model.fold_frozen else None,
         "precision": prefix.precision.name,
         "channels_last": prefix.channels_last,
         "image_size_px": prefix.image_size_px,
@@ -147,6 +155,8 @@ def kept_val(session: Session) -> Kept | None:
 
 
 def _kept(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) -> Kept | None:
+    if session.config.model.fold_frozen:  # stages may have been unfrozen since
+        cache.lineage["folded"] = session.network.frozen_depth
     try:
         rows = _filled(session, cache, shown)
     except OSError as error:
@@ -337,6 +347,19 @@ def _seconds_per_image(prefix: Prefix) -> float:
         boundary_of(prefix, images).sum().item()
         seconds.append(time.monotonic() - start)
     return min(seconds) / prefix.rows
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """Of all that has a part in an image's way to the boundary."""
+    return [__version__, *(_version(name) for name in ("torch", "torchvision", "timm", "opencv-python-headless"))]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _processor(device: torch.device) -> str:

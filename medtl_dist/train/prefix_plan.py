@@ -17,7 +17,7 @@ from medtl_dist.config import Config
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.transforms import EvalTransform
 from medtl_dist.errors import UserError
-from medtl_dist.models.freezing import freeze
+from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.join import create_network_of, spec_of
 from medtl_dist.models.registry import native_normalisation
 from medtl_dist.models.split import Split, split
@@ -76,7 +76,8 @@ def plan_groups(configs: Sequence[Config], dataset: Dataset, device: torch.devic
             continue
         prefix = _stand_in(config, dataset, device, found)
         needed = shown_from(config, prefix.image_size_px, _eval_transform(config, prefix), 0)
-        told = lineage_of(config, dataset, spec, prefix, config.train.threads)
+        frozen = resolve_depth(spec, config.model.frozen_depth)
+        told = lineage_of(config, dataset, spec, prefix, config.train.threads, frozen)
         told |= {"depth": prefix.depth, "weights": _weights_of(config), "shown": _without_turn(needed[0])}
         label = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         members.setdefault(label, []).append(place)

@@ -30,7 +30,7 @@ from medtl_dist.train.ema import Ema, ema_of
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
 from medtl_dist.train.parallel import check_batch_norm, own_batch_of, wrap
-from medtl_dist.train.prefix import Prefix, prefix_of
+from medtl_dist.train.prefix import Prefix
 from medtl_dist.train.prefix_cache import PrefixCache, cache_of
 from medtl_dist.train.recompute import recompute_stages
 from medtl_dist.train.setup import (
@@ -85,7 +85,6 @@ class Session:
     started: str
     warm: Warm
     prefix: Prefix | None  # of the model that learns, where its frozen layers are computed apart
-    whole_because: str  # else: why they are not
     cache: PrefixCache | None = None
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
 
@@ -124,8 +123,8 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
     if config.train.activation_checkpointing:
         recompute_stages(network.model, network.spec)
     ema = ema_of(network.model, config.train.ema_decay) if config.train.ema_decay is not None else None
-    prefix, whole_because = prefix_of(config, network)
-    scorer = dataclasses.replace(scorer_of(config, network), prefix=prefix)
+    scorer = scorer_of(config, network)
+    prefix = scorer.prefix
     if ema is not None:
         averaged = prefix and dataclasses.replace(prefix, split=split(ema.model, network.spec, prefix.depth))
         scorer = dataclasses.replace(scorer, model=ema.model, prefix=averaged)
@@ -151,7 +150,6 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         started=started,
         warm=warm,
         prefix=prefix,
-        whole_because=whole_because,
     )
     for text in warnings:
         session.journal.note(text)

@@ -28,6 +28,7 @@ from medtl_dist.storage import StorageOptions
 from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
+from medtl_dist.train.prefix import prefix_of
 
 TASKS = ("binary", "multiclass", TASK)
 
@@ -212,6 +213,7 @@ def scorer_of(config: Config, network: Network) -> Scorer:
         channels_last=config.train.channels_last,
         batch_size=config.data.eval_batch_size,
         views=config.evaluate.views,
+        prefix=prefix_of(config, network)[0],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,6 +159,22 @@ def test_a_resnet_too(shards: str, tmp_path: Path, precision: str) -> None:
     )
     assert _losses(config, tmp_path / "on", "on") == _losses(config, tmp_path / "off", "off")
     assert _left_by(tmp_path / "on") == _left_by(tmp_path / "off")
+
+
+def test_a_norm_folded_across_the_boundary_is_part_of_it(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first convolution is a stage of its own and its norm is in the next: folded while both are frozen, not later."""
+    tiny = registry.spec("tiny_dropout")
+    stages = (("conv1",), ("bn1", "layer1"), *((f"layer{number}",) for number in (2, 3, 4)))
+    monkeypatch.setitem(registry._BACKBONES, "across", dataclasses.replace(tiny, name="across", stages=stages))
+    config = _config(
+        shards, "model.backbone=across", "model.fold_frozen=true", "model.frozen_depth=3", "train.unfreeze={1: 1}",
+        "augment.views=1",
+    )  # fmt: skip
+    assert _losses(config, tmp_path / "on", "on") == _losses(config, tmp_path / "off", "off")
+    assert _left_by(tmp_path / "on") == _left_by(tmp_path / "off")
+    assert len(list((tmp_path / "kept").rglob("data.bin"))) == 4  # train and val, before and after
 
 
 def _on_and_off(rank: int, world_size: int, config: Config, folder: str) -> list[list[Any]]:
