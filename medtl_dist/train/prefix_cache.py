@@ -199,6 +199,7 @@ def _filled(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) -> n
     assert entry is not None
     first = run.rank * entry.shape.num_chunks // run.world_size
     compute = _computer(session, cache, shown)
+    began, num_filled = time.monotonic(), 0
     while True:
         failure: MedtlError | None = None
         broken: OSError | None = None
@@ -216,7 +217,12 @@ def _filled(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) -> n
         unfinished = collectives.largest(2 if broken else int(rows is None))
         if unfinished == 2:
             raise broken or OSError("on another rank")
+        num_filled += state == "filled"
         if unfinished == 0:
+            if num_filled:
+                what = f"{shown['split']}, view {shown['turn'] + 1} of {shown['views']}" if "turn" in shown else "val"
+                seconds = time.monotonic() - began
+                session.journal.note(f"prefix cache: {what}: {entry.shape.num_rows} images in {seconds:.1f} s")
             return rows
         if run.poll() is Signal.CHECKPOINT_AND_STOP:
             raise Interrupted(

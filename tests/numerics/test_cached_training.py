@@ -288,7 +288,8 @@ def test_why_it_is_off_is_told(
     shards: str, tmp_path: Path, overrides: tuple[str, ...], options: dict[str, Any], told: str
 ) -> None:
     config = _config(shards, "train.epochs=2", *overrides)
-    warm = Warm(cache_dir=tmp_path / "kept", **({"cache_mode": "on"} | options))
+    given: dict[str, Any] = {"cache_mode": "on"} | options
+    warm = Warm(cache_dir=tmp_path / "kept", **given)
     _losses(config, tmp_path / "run", "off", warm)
     assert f"prefix cache off: {told}" in _notes(tmp_path / "run")
 
