@@ -159,15 +159,13 @@ def _kept(session: Session, cache: PrefixCache, shown: Mapping[str, Any]) -> Kep
         cache.lineage["folded"] = session.network.frozen_depth
     try:
         rows = _filled(session, cache, shown)
+        why = "no room is left below its limit"
     except OSError as error:
-        session.journal.note(
-            f"prefix cache off: {cache.store.folder} can't be written ({error.strerror or error}); going on without"
-        )
-        session.cache = None
-        return None
+        rows, why = None, f"{cache.store.folder} can't be written ({error.strerror or error})"
     if rows is None:
-        session.journal.note("prefix cache off: no room is left below its limit; going on without")
+        session.journal.note(f"prefix cache off: {why}; going on without")
         session.cache = None
+        session.warm.let_go()  # so that its room can be had
         return None
     table = _tensor(rows)
 
@@ -320,6 +318,13 @@ def _needed(session: Session) -> list[dict[str, Any]]:
 
 def _decision(session: Session, cache: PrefixCache) -> tuple[str | None, str]:
     """(why nothing is kept, or None; what is kept), on rank 0."""
+    try:
+        return _decided(session, cache)
+    except OSError as error:
+        return f"{cache.store.folder} can't be read ({error.strerror or error})", ""
+
+
+def _decided(session: Session, cache: PrefixCache) -> tuple[str | None, str]:
     prefix = cache.prefix
     counts = {split: sum(s.samples for s in session.dataset.shards(split)) for split in ("train", "val")}
     missing = [shown for shown in _needed(session) if not cache.store.is_complete(cache.name(shown))]

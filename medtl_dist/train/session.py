@@ -162,7 +162,8 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         )
     if network.precision.note:
         session.journal.note(f"precision {network.precision.name}: {network.precision.note}")
-    session.cache = agreed(lambda: cache_of(session))
+    agreed(lambda: warm.store)  # made now, where ranks still fail together
+    session.cache = cache_of(session)
     return session
 
 

@@ -40,7 +40,7 @@ class Warm:
     """
 
     keep_epoch_scores: bool = False
-    cache_dir: Path | None = None
+    cache_dir: str | Path | None = None
     cache_mode: Literal["auto", "on", "off"] = "auto"
     cache_limit_mib: int | None = None
     cache_trials: int = 1
@@ -54,7 +54,7 @@ class Warm:
         """Where boundaries are kept. Raises UserError, the folder can't be made."""
         if self.cache_dir is None or self.cache_mode == "off":
             return None
-        return Store(self.cache_dir, None if self.cache_limit_mib is None else self.cache_limit_mib * _MIB)
+        return Store(Path(self.cache_dir), None if self.cache_limit_mib is None else self.cache_limit_mib * _MIB)
 
     def dataset(self, config: Config, open_it: Callable[[Config], Dataset]) -> Dataset:
         """The config's set, opened once as long as its ``dataset.json`` stays as it is."""
