@@ -235,7 +235,7 @@ def throughput(history: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_s": float(np.median(rates)) if rates else None,
         "data_wait_fraction": float(np.median(waits)) if waits else None,
         "seconds_per_epoch": {
-            name: float(np.median([row[f"{name}_s"] for row in history])) for name in ACTIVITIES if history
+            name: float(np.median([row.get(f"{name}_s", 0.0) for row in history])) for name in ACTIVITIES if history
         },
     }
 
