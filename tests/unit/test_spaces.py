@@ -251,7 +251,7 @@ def test_augment_name_takes_the_set_and_keeps_the_views() -> None:
 
 
 def test_apply_names_the_key_and_the_value() -> None:
-    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; optim has: backbone_lr"):
+    with pytest.raises(ConfigError, match=r"unknown key optim\.learning_rate; optim has: backbone_lr"):
         apply(Config(), {"optim.learning_rate": 1})
     with pytest.raises(ConfigError, match=r"optim\.lr = -1"):
         apply(Config(), {"optim.lr": -1})
