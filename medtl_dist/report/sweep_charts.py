@@ -95,19 +95,20 @@ def knob_axis(values: Sequence[float], name: str) -> tuple[Axis, bool]:
     low, high = min(values), max(values)
     if low > 0 and high / low >= LOG_RATIO:
         first, last = math.log10(low) - 0.08, math.log10(high) + 0.08
-        powers = range(math.ceil(first), math.floor(last) + 1)
-        if len(powers) < 2:
-            powers = range(math.floor(first), math.ceil(last) + 1)
-        step = max(1, round(len(powers) / 6))
-        ticks = tuple((float(power), _power(power)) for power in powers[::step] if first <= power <= last)
+        powers = range(math.floor(first), math.ceil(last) + 1)
+        # Over few powers of ten their threefolds too: else an axis could end up with a single number.
+        factors = (1, 3) if last - first < 3 else (1,)
+        step = max(1, round((last - first) / 6))
+        values = [factor * 10.0**power for power in powers[::step] for factor in factors]
+        ticks = tuple((math.log10(value), _short(value)) for value in values if first <= math.log10(value) <= last)
         return Axis(first, last, ticks, name), True
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     axis = linear_axis(low - margin, high + margin, name, max_ticks=5)
     return axis, False
 
 
-def _power(power: int) -> str:
-    return f"{10.0**power:g}" if -4 <= power <= 4 else f"1e{power}"
+def _short(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def scatter_chart(told: Told, marks: Sequence[Mark], *, x_name: str) -> Markup:

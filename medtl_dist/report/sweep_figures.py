@@ -84,10 +84,10 @@ def _curves(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> Iterator
         return
     roles = _roles(content)
     css = {"winner": "line-1", "best": "line-0"}
-    lines = [
-        Line([row.epoch + 1 for row in one.curve], [row.val_auc for row in one.curve], css.get(roles.get(one.number, ""), "line-other"))
-        for one in drawn
-    ]  # fmt: skip
+    lines = []
+    for one in drawn:
+        style = css.get(roles.get(one.number, ""), "line-other")
+        lines.append(Line([row.epoch + 1 for row in one.curve], [row.val_auc for row in one.curve], style))
     longest = max(len(one.curve) for one in drawn)
     told = Told(
         "sweep-curves", "Validation AUC by epoch, every trial", f"{len(drawn)} trials of up to {longest} epochs."
@@ -124,7 +124,8 @@ def _knobs_mattered(content: Mapping[str, Any]) -> Iterator[Figure]:
         sweep_charts.bars_chart(told, rows, found["chance"], x_name="Growth of the error, in variances of the AUC"),
         f"How much worse a forest predicts the AUC of trials it has not seen when a knob’s values are shuffled, from "
         f"{found['num_trials']} trials; thin lines: extremes over forests. The dashed line is what the best of as many knobs "
-        f"without any influence reaches in 19 of 20 cases. {says} Trials that were stopped early count with what they had reached.",
+        f"without any influence reaches in 19 of 20 cases. {says} "
+        "Trials that were stopped early count with what they had reached.",
         Table("Importance", ["Knob", "Importance", "Over forests"], values),
     )
 

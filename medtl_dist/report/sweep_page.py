@@ -26,6 +26,7 @@ from medtl_dist.sweep.summary import SUMMARY, read_summary
 from medtl_dist.sweep.table import read_table, replace_file
 
 PAGE = "sweep.html"
+_HEAD = ["Rank", "AUC", "95% interval", "Behind the best", "Frozen", "Best epoch", "Time", "State"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Card:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A row of the table of all trials. ``cells`` are its numbers and knobs, ``said`` what else is to say."""
+    """A row of the table of all trials. ``cells`` are its numbers, ``said`` what else is to say, ``values`` its knobs."""
 
     trial: int
     chosen: bool
     cells: list[str]
     said: str
+    values: list[str]
 
 
 def build_sweep_page(folder: Path) -> Path:
@@ -91,7 +93,8 @@ def render(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         cautions=_cautions(content),
         figures=figures(content, outcomes),
         parallel=parallel(content),
-        head=["Rank", "AUC", "95% interval", "Behind the best", "Frozen", "Best epoch", *knobs, "Time", "State"],
+        head=_HEAD,
+        knobs=knobs,
         rows=[_row(one, content, knobs) for one in _in_order(content, outcomes)],
         stops=stops_table(content),
         cache=cache_table(content),
@@ -132,8 +135,8 @@ def _sentence(content: Mapping[str, Any]) -> str:
     behind = winner["behind_best"]
     error = "" if behind["error"] is None else f", standard error {decimals(behind['error'])}"
     return (
-        f"Trial {winner['trial']} is the simplest of those within one standard error of the highest AUC, trial {best['trial']}’s: "
-        f"{decimals(behind['difference'])} behind it{error}.{tail}"
+        f"Trial {winner['trial']} is the simplest of those within one standard error of the highest AUC, trial "
+        f"{best['trial']}’s: {decimals(behind['difference'])} behind it{error}.{tail}"
     )
 
 
@@ -210,7 +213,6 @@ def _row(one: Outcome, content: Mapping[str, Any], knobs: Sequence[str]) -> Tria
         decimals(behind["difference"]) if behind is not None else MISSING,
         f"{one.frozen_depth} of {one.num_stages}",
         f"{count(row['epoch'] + 1)} of {epochs}" if row is not None else f"{MISSING} of {epochs}",
-        *[shown(values.get(key)) for key in knobs],
         duration(one.seconds),
         one.state,
     ]
@@ -225,7 +227,8 @@ def _row(one: Outcome, content: Mapping[str, Any], knobs: Sequence[str]) -> Tria
     if one.attempts > 1:
         said.append(f"{one.attempts} starts")
     chosen = content["winner"] is not None and one.number == content["winner"]["trial"]
-    return TrialRow(one.number, chosen, cells, "; ".join(text for text in said if text))
+    told = "; ".join(text for text in said if text)
+    return TrialRow(one.number, chosen, cells, told, [shown(values.get(key)) for key in knobs])
 
 
 def _cache_sentence(content: Mapping[str, Any]) -> str:
@@ -234,8 +237,8 @@ def _cache_sentence(content: Mapping[str, Any]) -> str:
         return "No trial used the cache of frozen stages’ outputs."
     busy = content["cost"]["busy_s"]
     return (
-        f"Sharing the frozen stages’ outputs saved about {duration(cache['saved_s'])}, where the trials took {duration(busy)} in all. "
-        f"Estimated: without it every epoch would have cost what filling the cache did"
+        f"Sharing the frozen stages’ outputs saved about {duration(cache['saved_s'])}, where the trials took "
+        f"{duration(busy)} in all. Estimated: without it every epoch would have cost what filling the cache did"
         f"{'' if cache['views'] == 1 else ', per view'}."
     )
 

@@ -78,7 +78,7 @@ def write_trials(
     (folder / "config.yaml").write_text(base.to_yaml())
     (folder / "space.yaml").write_text(load_space("resnet101").to_yaml())
     labels, groups = made_up_val(num_patients, len(classes), rng)
-    outcomes = []
+    outcomes, filled = [], set[int]()
     for number, overrides in enumerate(draw(load_space("resnet101"), num_trials, seed=seed, base=base)):
         depth = DEPTHS[overrides.get("model.frozen_depth", 0)]
         distance = abs(np.log10(overrides.get("optim.lr", 1e-3)) + 2.8)
@@ -108,13 +108,14 @@ def write_trials(
         outcome = Outcome(
             number=number, overrides=overrides, state=state, reason=reason, curve=tuple(curve), frozen_depth=depth,
             num_stages=5, seconds=curve[-1].seconds + 3, cpu_hours=curve[-1].seconds / 3600, gpu_hours=0.0, attempts=attempts,
-            cached_s=(18.0 if depth >= 4 and number in (1, 4) else 0.4) if cached and depth else None,
+            cached_s=(26.0 - 2 * depth if depth not in filled else 0.4) if cached and depth else None,
             folder=f"trials/{number:05d}",
         )  # fmt: skip
         best = outcome.best.epoch if outcome.best is not None and state == "finished" else None
         kept = {row.epoch: logits[row.epoch] for row in curve}
         keep_scores(run, labels, groups, kept, list(classes), best=best, known_patients=known_patients)
         outcomes.append(outcome)
+        filled.add(depth)
     return outcomes
 
 
