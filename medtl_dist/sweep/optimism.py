@@ -5,8 +5,8 @@ trial and epoch is picked on those drawn, as the sweep picked it, and the AUC of
 Its mean over the draws is what the whole procedure of picking reaches on patients that had no say in it (Tsamardinos,
 Greasidou & Borboudakis, Machine Learning 107, 2018, 1895-1922); the optimism is the best's own AUC less that. Where all
 candidates are equally good it is unbiased; where some are better it errs on the careful side, for a draw has fewer patients to
-pick by (docs/decisions.md). What it leaves out: that the network was not trained on these patients in any draw is so already,
-but the trials were proposed, and perhaps stopped early, with all of them.
+pick by (docs/decisions.md). What it leaves out: a searcher that learns proposed the trials, and a scheduler stopped some, with all
+patients in hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from medtl_dist.sweep.scores import Scores
 NUM_REPLICATES = 500
 MAX_CELLS = 60_000_000  # replicates x images x candidates: about five seconds
 MIN_CANDIDATES = 8
-MIN_REPLICATES = 100
+MIN_REPLICATES = 200
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,13 @@ def optimism(
     aucs = np.array([_auc(scores, logits) for _, _, logits in kept])
     if np.isnan(aucs).all():
         return _unknown("the AUC is undefined", len(kept))
-    # Epoch, then trial, then the order given break ties, the same way at every call.
+    # Equal AUCs stay in the order of trial and epoch.
     order = np.lexsort((np.arange(len(kept)), -aucs))
     num_images = len(scores.val.labels) * len(scores.val.questions())
-    replicates = num_replicates
+    # Where it would take long: fewer draws first, then the best candidates only; the others are hardly ever picked.
+    fitting = MAX_CELLS // max(1, len(kept) * num_images)
+    replicates = min(num_replicates, max(MIN_REPLICATES, fitting))
     considered = min(len(kept), max(MIN_CANDIDATES, MAX_CELLS // max(1, replicates * num_images)))
-    replicates = min(replicates, max(MIN_REPLICATES, MAX_CELLS // max(1, considered * num_images)))
     chosen = order[:considered]
     inside, outside = _drawn(scores, [kept[at][2] for at in chosen], replicates, seed)
     picked = np.nan_to_num(inside, nan=-1.0).argmax(axis=1)

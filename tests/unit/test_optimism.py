@@ -165,8 +165,9 @@ def test_very_many_images_are_drawn_over_the_best_candidates_only(monkeypatch: p
     outcomes, scores = noise(np.random.default_rng(9), 12, 10, 100)
     monkeypatch.setattr("medtl_dist.sweep.optimism.MAX_CELLS", 400_000)
     found = optimism(outcomes, scores, range(12))
-    assert (found.candidates, found.considered) == (120, 8)
-    assert found.replicates >= 100
+    assert found.candidates == 120
+    assert 8 <= found.considered < 20
+    assert found.replicates == 200
     best = max(one.best.val_auc for one in outcomes if one.best is not None and one.best.val_auc is not None)
     assert found.best_auc == pytest.approx(best, abs=1e-6)
 

@@ -462,3 +462,14 @@ def test_optuna_itself_takes_the_points_and_the_knobs() -> None:
             if number < len(points):
                 assert points[number] == trial.params
             study.tell(trial, float(number))
+
+
+def test_the_documents_example_is_a_space(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "spaces.md").read_text(encoding="utf-8")
+    space = space_of(tmp_path, page.split("```yaml\n")[1].split("```")[0])
+    check(space, load_config(preset="resnet101"))
+    first, second = draw(space, 2)
+    assert first == {}
+    assert second == {"optim.name": "sgd", "optim.lr": 0.01, "augment.crop_area_min": 0.8, "augment.rotation_deg": 15}
+    for name in names():
+        assert f"`{name}`" in page
