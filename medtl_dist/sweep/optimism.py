@@ -4,9 +4,9 @@ The best of N trials times E epochs is partly the luckiest. Patients are drawn w
 trial and epoch is picked on those drawn, as the sweep picked it, and the AUC of the same is taken on the patients left out.
 Its mean over the draws is what the whole procedure of picking reaches on patients that had no say in it (Tsamardinos,
 Greasidou & Borboudakis, Machine Learning 107, 2018, 1895-1922); the optimism is the best's own AUC less that. Where all
-candidates are equally good it is unbiased; where some are better it errs on the careful side, for a draw has fewer patients to
-pick by (docs/decisions.md). What it leaves out: a searcher that learns proposed the trials, and a scheduler stopped some, with all
-patients in hand.
+candidates are equally good it is unbiased; where some are better it errs on the careful side, for a draw has fewer patients
+to pick by (docs/decisions.md). What it leaves out: a searcher that learns proposed the trials, and a scheduler stopped some,
+with all patients in hand.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Tibshirani & Friedman, The Elements of Statistical Learning, 2009, section 7.10)
 the best, the simplest. Their standard error is that of the best's own score. Here it is that of the *difference* from the
 best, paired by image and clustered by patient (Obuchowski 1997), as Vehtari, Gelman & Gabry (Statistics and Computing 27,
 2017, section 5.2) compare models on one data set: all trials are scored on the same patients, so how hard those are is common
-to both and says nothing of which trial is better. It is the smaller of the two where the AUCs are correlated by more than one half.
+to both and says nothing of which trial is better. It is the smaller of the two where the AUCs are correlated by more than
+one half.
 """
 
 from __future__ import annotations

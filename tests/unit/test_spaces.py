@@ -240,6 +240,20 @@ def test_packaged_spaces_fit_their_presets_and_come_back_from_yaml(name: str, tm
     assert draw(again, 9, base=base) == draw(space, 9, base=base)
 
 
+@pytest.mark.parametrize("name", sorted(PRESET_OF))
+def test_packaged_depths_are_depths_of_their_networks(name: str) -> None:
+    from medtl_dist.models.freezing import resolve_depth
+    from medtl_dist.models.join import spec_of
+
+    space, base = load_space(name), load_config(preset=PRESET_OF[name])
+    for overrides in draw(space, 60, base=base):
+        model = apply(base, overrides).model
+        spec = spec_of(model)
+        depth = resolve_depth(spec, model.frozen_depth)
+        if name == "resnet101":  # the condition's 5 is all of them
+            assert ("optim.backbone_lr" in overrides) == (depth < spec.num_stages) or overrides == {}
+
+
 def test_there_is_a_preset_for_every_space() -> None:
     assert names() == sorted(PRESET_OF)
 
