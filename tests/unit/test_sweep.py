@@ -233,13 +233,24 @@ def test_scores_are_read_by_epoch_and_what_is_damaged_is_told(tmp_path: Path) ->
     assert "2 of its epochs" in found.notes[2]
 
 
+class Hostile:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
 def test_an_epoch_file_is_never_unpickled(tmp_path: Path) -> None:
     outcomes = write_trials(tmp_path / "s", num_trials=3, epochs=2, num_patients=30, faults=False)
-    hostile = np.array([{"a": 1}], dtype=object)
+    hostile = np.array([Hostile(tmp_path / "owned")], dtype=object)
     np.save(tmp_path / "s/trials/00000/predictions/epochs/0000.npy", hostile, allow_pickle=True)
     found = read_scores(tmp_path / "s", outcomes)
     assert found is not None
     assert "can't be read" in found.notes[0]
+    assert not (tmp_path / "owned").exists()
 
 
 def test_no_patients_known_no_scores_kept(tmp_path: Path) -> None:
