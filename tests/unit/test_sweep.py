@@ -156,6 +156,10 @@ def test_unknown_labels_are_no_rows_of_their_class() -> None:
         ).mean(axis=1)
         for z in (a, b)
     ]
+    for k, parts in enumerate(val.components(a)):  # each patient has its place in every class
+        expected = [(sets[groups == patient, k] == 1).any() for patient in range(groups.max() + 1)]
+        assert parts.has_positive.tolist() == expected
+        assert not parts.positive[~parts.has_positive].any()
     variance = variance_of_difference(val, a, b)
     assert variance == pytest.approx(float(np.var(draws[1] - draws[0])), rel=0.15)
 
