@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from example_sweep import write_example
-from test_report_browser import PROBE, WIDTHS, chromium, out
+from test_report_browser import PROBE, WIDTHS, chromium, out  # pyright: ignore[reportMissingImports]
 
 from medtl_dist.report.sweep_page import build_sweep_page
 
