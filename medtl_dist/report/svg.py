@@ -140,7 +140,8 @@ def axes(frame: Frame) -> Markup:
     parts.append(line(frame.left, floor, frame.width - frame.right, floor, "axis"))
     middle_x = (frame.left + frame.width - frame.right) / 2
     parts.append(text(middle_x, frame.height - 8, frame.x.name, anchor="middle", css="axis-name"))
-    parts.append(text(15, (floor + ceiling) / 2, frame.y.name, anchor="middle", css="axis-name", turn=-90))
+    if frame.y.name:
+        parts.append(text(15, (floor + ceiling) / 2, frame.y.name, anchor="middle", css="axis-name", turn=-90))
     return Markup("").join(parts)
 
 
