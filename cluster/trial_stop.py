@@ -1,0 +1,69 @@
+"""val AUC after each epoch → whether a trial goes on: Ray Tune's own rules, asked by our driver.
+
+Only decisions are Tune's. An undefined AUC is never shown to them, and what they say becomes a cooperative stop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+
+from medtl_dist.sections import Tune
+
+_NAMES = {"asha": "ASHA", "median": "the median rule"}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """All that Tune's rules want to know of a trial."""
+
+    trial_id: str
+
+
+class StopRule:
+    """ASHA or the median rule over epochs. ``max_epochs``: those of the longest trial; no rule ever ends a trial at its end."""
+
+    def __init__(self, tune: Tune, max_epochs: int) -> None:
+        self._name = _NAMES[tune.scheduler]
+        self._added: set[int] = set()
+        self._rule: TrialScheduler
+        if tune.scheduler == "asha":
+            self._rule = ASHAScheduler(
+                time_attr="epochs",
+                metric="val_auc",
+                mode="max",
+                # A rung at max_t would stop trials that have ended; one epoch more leaves that to the trial.
+                max_t=max_epochs + 1,
+                grace_period=min(tune.grace_epochs, max_epochs),
+                reduction_factor=tune.reduction_factor,
+            )
+        else:
+            # It would pause trials while it knows too few of them: never within so long a slice.
+            self._rule = MedianStoppingRule(
+                time_attr="epochs",
+                metric="val_auc",
+                mode="max",
+                grace_period=tune.grace_epochs,
+                min_time_slice=max_epochs + 1,
+            )
+
+    def hear(self, number: int, epochs: int, val_auc: float | None) -> str | None:
+        """Tell the rule the AUC after so many epochs; the reason to stop, or None to go on."""
+        if val_auc is None or not math.isfinite(val_auc):
+            return None
+        trial, nobody = cast("Any", _Known(f"{number:05d}")), cast("Any", None)
+        if number not in self._added:
+            self._added.add(number)
+            self._rule.on_trial_add(nobody, trial)
+        decision = self._rule.on_trial_result(nobody, trial, {"epochs": epochs, "val_auc": val_auc})
+        if decision != TrialScheduler.STOP:
+            return None
+        return f"stopped by {self._name} after epoch {epochs}: others did better than its val AUC {val_auc:.3f} by then"
+
+
+def stop_rule_of(tune: Tune, max_epochs: int) -> StopRule | None:
+    """The config's rule; None for ``none``."""
+    return None if tune.scheduler == "none" else StopRule(tune, max_epochs)
