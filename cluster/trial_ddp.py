@@ -37,7 +37,7 @@ class DdpTrialRun(RayRun):
             ray.get(self.trial.post.remote(dict(metrics)))
 
     def poll(self) -> Signal:
-        asked = self.rank == 0 and ray.get(self.trial.asked.remote())
+        asked: Any = self.rank == 0 and ray.get(self.trial.asked.remote())
         return Signal(max(int(super().poll()), collectives.largest(int(asked))))
 
 

@@ -17,6 +17,7 @@ from medtl_dist.cli.models import models
 from medtl_dist.cli.report import report
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
+from medtl_dist.cli.tune import tune
 from medtl_dist.cli.verify import index, verify
 from medtl_dist.errors import MedtlError
 
@@ -36,6 +37,7 @@ data_app.command()(audit)
 app.add_typer(data_app, name="data")
 app.add_typer(k8s_app, name="k8s")
 app.command()(train)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(report)
 app.command()(status)

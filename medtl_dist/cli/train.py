@@ -58,12 +58,12 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
     from medtl_dist.train.session import check_inputs
 
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     run_dir = run_dir.absolute()
     if config.transfer.stages:
         return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
-    outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test)
+    outcome, report_path, done = run_one(config, run_dir, resume=resume, test=test)
     if as_json:
         typer.echo(json.dumps(outcome))
     else:
@@ -73,7 +73,7 @@ def run_train(config: Config, run_dir: Path, *, resume: bool, test: bool, as_jso
     return outcome
 
 
-def _run_one(config: Config, run_dir: Path, *, resume: bool, test: bool) -> tuple[dict[str, Any], Path, bool]:
+def run_one(config: Config, run_dir: Path, *, resume: bool, test: bool) -> tuple[dict[str, Any], Path, bool]:
     """One training with its report: its results, the report, and whether it had finished before."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report
@@ -102,7 +102,7 @@ def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_js
     from medtl_dist.train.run_folder import opened_run_folder
 
     def train_one(stage: Config, folder: Path, open_test: bool) -> dict[str, Any]:
-        outcome, report_path, done = _run_one(stage, folder, resume=True, test=open_test)
+        outcome, report_path, done = run_one(stage, folder, resume=True, test=open_test)
         if done:
             say(f"{folder} had already finished.")
         if not as_json:
@@ -213,7 +213,7 @@ def describe_size(entry: dict[str, Any]) -> str:
     return f"{entry['n']} {what}"
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """Workers run in another folder: every path is made absolute here, those of the stages too."""
     tree = config.model_dump(mode="json")
     for part in (tree, *tree["transfer"]["stages"]):
