@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_spaces.space import optuna_points, optuna_trial_values
-
 from cluster.trial_state import TrialSpec, write_specs
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
+from tune_spaces.space import optuna_points, optuna_trial_values
 
 if TYPE_CHECKING:
     from cluster.tune import Sweep
@@ -39,9 +38,9 @@ def proposer(
     for number, values in enumerate(params):  # as before: the sampler then knows what the earlier driver's knew
         study.enqueue_trial(values)
         asked[number] = study.ask()
-        optuna_trial_values(sweep.space, asked[number])
+        optuna_trial_values(sweep.space, asked[number], sweep.base)
     if not params:
-        for point in optuna_points(sweep.space):
+        for point in optuna_points(sweep.space, sweep.base):
             study.enqueue_trial(point)
     told: set[int] = set()
 
@@ -54,7 +53,7 @@ def proposer(
             return None
         number = len(drawn)
         trial = asked[number] = study.ask()
-        overrides = optuna_trial_values(sweep.space, trial)
+        overrides = optuna_trial_values(sweep.space, trial, sweep.base)
         spec = spec_of(sweep, number, overrides)
         params.append(dict(trial.params))
         Folder.local(folder).write(PARAMS_FILE, json.dumps(params, indent=1).encode())

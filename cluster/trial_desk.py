@@ -129,11 +129,11 @@ class Desk:
             trial.state, trial.reason = "stopped", self._told_to_stop[number]
             write_trial(self._folder, trial)
             return
-        trial.failures += 1
-        if trial.failures > self._max_failures:
-            tries = "try" if trial.failures == 1 else "tries"
-            trial.state, trial.reason = "failed", f"crashed in {trial.failures} {tries}: {cause}"
+        if trial.failures >= self._max_failures:
+            tries = f"{trial.failures + 1} {'try' if trial.failures == 0 else 'tries'}"
+            trial.state, trial.reason = "failed", f"crashed in {tries}: {cause}"
         else:
+            trial.failures += 1
             trial.state, trial.reason = "waiting", f"crashed, to be tried again: {cause}"
         write_trial(self._folder, trial)
 

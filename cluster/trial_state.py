@@ -31,7 +31,7 @@ class TrialSpec:
 
 @dataclass
 class Trial:
-    """Where a trial stands. ``seconds`` and ``failures`` are of earlier attempts too; ``curve`` maps epochs to their rows."""
+    """Where a trial stands. ``failures``: crashes after which it was tried again; ``seconds``: of all attempts."""
 
     spec: TrialSpec
     state: State = "waiting"

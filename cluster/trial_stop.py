@@ -23,6 +23,13 @@ class _Known:
     trial_id: str
 
 
+class _NobodyWaits:
+    """Tune's controller as its rules see it: with nothing to make room for, none of them pauses a trial."""
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
 class StopRule:
     """ASHA or the median rule over epochs. ``max_epochs``: those of the longest trial; no rule ever ends a trial at its end."""
 
@@ -41,24 +48,19 @@ class StopRule:
                 reduction_factor=tune.reduction_factor,
             )
         else:
-            # It would pause trials while it knows too few of them: never within so long a slice.
             self._rule = MedianStoppingRule(
-                time_attr="epochs",
-                metric="val_auc",
-                mode="max",
-                grace_period=tune.grace_epochs,
-                min_time_slice=max_epochs + 1,
+                time_attr="epochs", metric="val_auc", mode="max", grace_period=tune.grace_epochs
             )
 
     def hear(self, number: int, epochs: int, val_auc: float | None) -> str | None:
         """Tell the rule the AUC after so many epochs; the reason to stop, or None to go on."""
         if val_auc is None or not math.isfinite(val_auc):
             return None
-        trial, nobody = cast("Any", _Known(f"{number:05d}")), cast("Any", None)
+        trial, controller = cast("Any", _Known(f"{number:05d}")), cast("Any", _NobodyWaits())
         if number not in self._added:
             self._added.add(number)
-            self._rule.on_trial_add(nobody, trial)
-        decision = self._rule.on_trial_result(nobody, trial, {"epochs": epochs, "val_auc": val_auc})
+            self._rule.on_trial_add(controller, trial)
+        decision = self._rule.on_trial_result(controller, trial, {"epochs": epochs, "val_auc": val_auc})
         if decision != TrialScheduler.STOP:
             return None
         return f"stopped by {self._name} after epoch {epochs}: others did better than its val AUC {val_auc:.3f} by then"

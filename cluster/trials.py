@@ -125,10 +125,19 @@ def run_trials(
 
 
 def reserved_for(base: Config, *, num_gpus: int) -> Reserved:
-    """What one trial reserves: ``cluster.cpus_per_worker`` for each worker, and a GPU, or the fraction of one asked for."""
+    """What one trial reserves: ``cluster.cpus_per_worker`` for each worker, and a GPU, or the fraction of one asked for.
+
+    Raises:
+        UserError: a fraction of a GPU for each of several workers.
+    """
     num_workers, wish = max(base.cluster.num_workers, 1), base.cluster.use_gpu
     if wish is None:
         gpus = 1.0 if num_gpus >= num_workers else 0.0
     else:
         gpus = float(wish)
+        if 0 < gpus < 1 < num_workers:
+            raise UserError(
+                f"cluster.use_gpu = {gpus:g} with cluster.num_workers = {num_workers}: the ranks of one training can't share "
+                "a GPU; set cluster.use_gpu=true, or cluster.num_workers=1 so that trials share it."
+            )
     return Reserved(cpus=base.cluster.cpus_per_worker * num_workers, gpus=gpus * num_workers)

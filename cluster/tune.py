@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune_spaces.space import Space, apply, check, draw, load_space
-
 from cluster.launch import set_environment
 from cluster.sweep_folder import opened_sweep_folder
 from cluster.trial_desk import Propose
@@ -19,6 +17,7 @@ from medtl_dist.config import Config
 from medtl_dist.errors import ConfigError, DataError, Interrupted, UserError
 from medtl_dist.sections import Train
 from medtl_dist.sweep.outcome import Outcome
+from tune_spaces.space import Space, apply, check, draw, load_space
 
 
 @dataclass(frozen=True)
