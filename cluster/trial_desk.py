@@ -30,9 +30,11 @@ Propose = Callable[[list[Outcome]], TrialSpec | None]
 
 
 class Rule(Protocol):
-    """What may stop a trial early: told of every epoch, it answers with a reason or None."""
+    """What may stop a trial early: told of every epoch, it answers with a reason or None; or only told, of earlier ones."""
 
     def hear(self, number: int, epochs: int, val_auc: float | None) -> str | None: ...
+
+    def recall(self, number: int, epochs: int, val_auc: float | None) -> None: ...
 
 
 class Desk:
@@ -156,7 +158,7 @@ class Desk:
             trial = self.trials[number]
             for epoch in sorted(trial.curve):
                 if self._rule is not None:
-                    self._rule.hear(number, epoch + 1, trial.curve[epoch].val_auc)
+                    self._rule.recall(number, epoch + 1, trial.curve[epoch].val_auc)
         for number in sorted(self.trials):
             trial = self.trials[number]
             if trial.state != "running":

@@ -30,6 +30,9 @@ class _NobodyWaits:
         return []
 
 
+_CONTROLLER = cast("Any", _NobodyWaits())
+
+
 class StopRule:
     """ASHA or the median rule over epochs. ``max_epochs``: those of the longest trial; no rule ever ends a trial at its end."""
 
@@ -56,14 +59,25 @@ class StopRule:
         """Tell the rule the AUC after so many epochs; the reason to stop, or None to go on."""
         if val_auc is None or not math.isfinite(val_auc):
             return None
-        trial, controller = cast("Any", _Known(f"{number:05d}")), cast("Any", _NobodyWaits())
-        if number not in self._added:
-            self._added.add(number)
-            self._rule.on_trial_add(controller, trial)
-        decision = self._rule.on_trial_result(controller, trial, {"epochs": epochs, "val_auc": val_auc})
+        trial = self._known(number)
+        decision = self._rule.on_trial_result(_CONTROLLER, trial, {"epochs": epochs, "val_auc": val_auc})
         if decision != TrialScheduler.STOP:
             return None
         return f"stopped by {self._name} after epoch {epochs}: others did better than its val AUC {val_auc:.3f} by then"
+
+    def recall(self, number: int, epochs: int, val_auc: float | None) -> None:
+        """Tell the rule what it, or an earlier driver's rule, has decided about already."""
+        if val_auc is not None and math.isfinite(val_auc):
+            # On completion a rule takes a result down and decides nothing; ASHA forgets the trial's bracket with it.
+            self._rule.on_trial_complete(_CONTROLLER, self._known(number), {"epochs": epochs, "val_auc": val_auc})
+            self._added.discard(number)
+
+    def _known(self, number: int) -> Any:
+        trial = cast("Any", _Known(f"{number:05d}"))
+        if number not in self._added:
+            self._added.add(number)
+            self._rule.on_trial_add(_CONTROLLER, trial)
+        return trial
 
 
 def stop_rule_of(tune: Tune, max_epochs: int) -> StopRule | None:

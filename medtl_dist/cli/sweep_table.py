@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from medtl_dist.sweep.outcome import Outcome
 
@@ -27,7 +28,7 @@ def showing(console: Console, epochs_of: Callable[[int], int]) -> Iterator[Calla
     with Live(console=console, auto_refresh=False) as live:
 
         def tell(outcomes: list[Outcome]) -> None:
-            live.update(table_of(outcomes, epochs_of, time.monotonic() - began), refresh=True)
+            live.update(screen_of(outcomes, epochs_of, time.monotonic() - began), refresh=True)
 
         yield tell
 
@@ -68,9 +69,14 @@ def drawn_of(overrides: Mapping[str, object]) -> str:
     )
 
 
-def table_of(outcomes: Sequence[Outcome], epochs_of: Callable[[int], int], elapsed_s: float) -> Table:
-    """The trials that say most: running ones, then the best, then what failed; a summary below."""
-    table = Table(box=None, caption=summary_of(outcomes, epochs_of, elapsed_s), caption_justify="left", pad_edge=False)
+def screen_of(outcomes: Sequence[Outcome], epochs_of: Callable[[int], int], elapsed_s: float) -> Group:
+    """The trials that say most, and a summary of all below them."""
+    return Group(table_of(outcomes, epochs_of), Text(summary_of(outcomes, epochs_of, elapsed_s)))
+
+
+def table_of(outcomes: Sequence[Outcome], epochs_of: Callable[[int], int]) -> Table:
+    """Running trials, then the best, then what failed or waits."""
+    table = Table(box=None, pad_edge=False)
     for name in ("trial", "state", "epoch", "val AUC"):
         table.add_column(name, justify="right" if name in ("trial", "epoch", "val AUC") else "left", no_wrap=True)
     table.add_column("drawn", overflow="ellipsis", no_wrap=True)

@@ -35,19 +35,20 @@ def test_the_grace_is_kept_even_where_a_trial_is_shorter() -> None:
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_an_undefined_auc_is_no_result(scheduler: str) -> None:
     """Told or not, the others are judged alike, and nothing breaks."""
-    decisions: list[list[bool]] = []
+    decisions: list[list[int]] = []
     for told in (False, True):
         rule = StopRule(Tune.model_validate({"scheduler": scheduler}), max_epochs=4)
-        found = []
+        stopped: list[int] = []
         for epochs in range(1, 5):
             for number in range(8):
                 if told:
                     assert rule.hear(100 + number, epochs, None) is None
                     assert rule.hear(200 + number, epochs, float("nan")) is None
-                found.append(rule.hear(number, epochs, 0.5 + 0.05 * ((number * 5) % 8)) is not None)
-        decisions.append(found)
+                if number not in stopped and rule.hear(number, epochs, 0.5 + 0.05 * ((number * 5) % 8)) is not None:
+                    stopped.append(number)
+        decisions.append(stopped)
     assert decisions[0] == decisions[1]
-    assert any(decisions[0])
+    assert decisions[0]
 
 
 def test_the_median_rule_stops_what_never_reached_the_median_of_the_means() -> None:
@@ -60,6 +61,30 @@ def test_the_median_rule_stops_what_never_reached_the_median_of_the_means() -> N
     assert reason is not None
     assert "median rule after epoch 2" in reason
     assert rule.hear(4, 2, 0.75) is None
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_rule_that_recalls_decides_like_one_that_was_there(scheduler: str) -> None:
+    """Whatever the order in which it is told again, and of trials that it would have stopped, too."""
+    rng = np.random.default_rng(1)
+    curves = rng.random((12, 9))
+    curves[10] /= 20  # one of those to be judged is hopeless
+    tune = Tune.model_validate({"scheduler": scheduler, "grace_epochs": 2})
+    there, again = StopRule(tune, 9), StopRule(tune, 9)
+    lengths: list[int] = []
+    for number in range(9):
+        stops = (n for n in range(1, 10) if there.hear(number, n, curves[number, n - 1]) is not None)
+        lengths.append(next(stops, 9))
+    assert min(lengths) < 9
+    for number in (5, 8, 0, 3, 1, 7, 2, 6, 4):
+        for epochs in range(1, lengths[number] + 1):
+            again.recall(number, epochs, curves[number, epochs - 1])
+    decisions = [
+        [rule.hear(9 + k, n, curves[9 + k, n - 1]) is not None for k in range(3) for n in (1, 2)]
+        for rule in (there, again)
+    ]
+    assert decisions[0] == decisions[1]
+    assert any(decisions[0])
 
 
 def test_without_a_rule_there_is_none() -> None:
