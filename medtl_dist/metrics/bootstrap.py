@@ -103,6 +103,41 @@ def replicate_aucs(
     return result
 
 
+def in_and_out_of_bag(
+    strata_labels: ArrayLike,
+    scorings: Sequence[tuple[ArrayLike, ArrayLike]],
+    groups: ArrayLike | None = None,
+    *,
+    num_replicates: int,
+    seed: int = 0,
+    known: Sequence[NDArray[np.bool_]] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """AUCs of several scorings over each bootstrap draw of patients, and over the patients that it left out.
+
+    Arguments as ``replicate_aucs``; exactly ``num_replicates`` are made. Returns two float64 [num_replicates,
+    len(scorings)], NaN where a class is absent.
+    """
+    labels = np.asarray(strata_labels, dtype=np.int64)
+    codes = np.arange(len(labels)) if groups is None else group_codes(groups)[1]
+    size = int(codes.max()) + 1
+    rows_of = known if known is not None else [np.ones(len(labels), bool)] * len(scorings)
+    ranked_all = [
+        _rank(*checked(np.asarray(one)[rows], np.asarray(values)[rows]), codes[rows])
+        for (one, values), rows in zip(scorings, rows_of, strict=True)
+    ]
+    low, high = label_range(labels, codes, size)
+    stratum = np.where(low == high, low, -1)
+    inside, outside = (np.empty((num_replicates, len(scorings))) for _ in range(2))
+    done = 0
+    for weights in _draws(stratum, num_replicates, max(1, CHUNK_CELLS // max(len(labels), size)), seed):
+        left_out = (weights == 0).astype(np.float64)
+        for column, ranked in enumerate(ranked_all):
+            inside[done : done + len(weights), column] = _weighted_aucs(ranked, weights)
+            outside[done : done + len(weights), column] = _weighted_aucs(ranked, left_out)
+        done += len(weights)
+    return inside, outside
+
+
 def _draws(stratum: NDArray[np.int64], num: int, chunk: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """Weights float64 [<= chunk, G] of the patients, in all ``num`` rows; a stratum has its own random stream."""
     members = [np.flatnonzero(stratum == value) for value in np.unique(stratum)]

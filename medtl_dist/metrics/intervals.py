@@ -172,13 +172,18 @@ def mean_interval(
     auc = float(np.mean([parts.auc for parts in several]))
     if auc in (0.0, 1.0):
         return one_sided_interval(auc, min(disjoint_pairs(parts) for parts in several), level=level, counted=counted)
-    variance = clustered_variance(several[0]) if len(several) == 1 else _mean_variance(several)
+    variance = variance_of_mean(several)
     if variance is None:
         reason = "no interval: fewer than two patients in a class"
         return AucInterval(auc, None, None, method, reason=reason)
     if variance < NO_SPREAD:
         return AucInterval(auc, None, 0.0, method, reason="no interval: the scores do not vary")
     return AucInterval(auc, logit_interval(auc, variance, level), variance, method)
+
+
+def variance_of_mean(several: Sequence[Components]) -> float | None:
+    """Variance of the mean of several AUCs (or differences of AUCs) of the same patients, as ``mean_interval`` says."""
+    return clustered_variance(several[0]) if len(several) == 1 else _mean_variance(several)
 
 
 def _mean_variance(several: Sequence[Components]) -> float | None:
