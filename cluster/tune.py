@@ -14,7 +14,7 @@ from cluster.trial_desk import Propose
 from cluster.trial_state import TrialSpec, read_specs, write_specs
 from cluster.trials import Stopped, run_trials, stopping_on_signals
 from medtl_dist.config import Config
-from medtl_dist.errors import ConfigError, DataError, Interrupted, UserError
+from medtl_dist.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from medtl_dist.sections import Train
 from medtl_dist.sweep.outcome import Outcome
 from tune_spaces.space import Space, apply, check, draw, load_space
@@ -132,11 +132,23 @@ def run_sweep(
             stopped=stopped,
             warm_options=warm_options(sweep.base, folder),
         )
-        from cluster.sweep_result import write_result
-
-        write_result(folder, sweep.base, outcomes)
+        _write_result(folder, outcomes)
     _raise_if_stopped(stopped, outcomes, folder)
     return outcomes
+
+
+def _write_result(folder: Path, outcomes: list[Outcome]) -> None:
+    from medtl_dist.report.sweep_page import build_sweep_page
+    from medtl_dist.sweep.summary import write_sweep
+
+    try:
+        write_sweep(folder, outcomes)
+    except OSError as error:
+        raise TrainingError(
+            f"{folder}: its result can't be written ({error.strerror or error}). The trials are whole: free space, then the "
+            "same command with --resume writes it."
+        ) from None
+    build_sweep_page(folder)
 
 
 def warm_options(base: Config, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 from medtl_dist.cli.sweep_table import drawn_of, showing
 from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset, print_outcome, run_one, with_absolute_paths
 from medtl_dist.config import Config, load_config
-from medtl_dist.errors import UserError
+from medtl_dist.errors import TrainingError, UserError
 
 _MAX_SEEDS = 100
 
@@ -116,18 +116,21 @@ def _run(sweep: Any, folder: Path, *, resume: bool) -> dict[str, Any]:
     """Run the sweep before the user's eyes and return its result."""
     from rich.console import Console
 
-    from cluster.sweep_result import read_result
     from cluster.tune import run_sweep
+    from medtl_dist.sweep.summary import read_summary
 
     epochs: dict[int, int] = {}
 
     def started(specs: list[Any]) -> None:
         epochs.update({spec.number: spec.config.train.epochs for spec in specs})
 
+    def epochs_of(number: int) -> int:
+        return int(epochs.get(number, sweep.base.train.epochs))
+
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    with showing(console, lambda number: epochs.get(number, sweep.base.train.epochs)) as tell:
+    with showing(console, epochs_of) as tell:
         run_sweep(sweep, folder, resume=resume, on_start=started, on_news=tell)
-    return read_result(folder)
+    return read_summary(folder)
 
 
 def _print_plan(sweep: Any, *, as_json: bool) -> None:
@@ -182,20 +185,42 @@ def _print_result(found: Mapping[str, Any], folder: Path) -> None:
 
 def result_lines(found: Mapping[str, Any]) -> list[str]:
     """The few lines that a user reads at the end of a sweep."""
+    winner, best = found["winner"], found["best"]
     lines = []
-    for number, reason in found["unranked"]:
-        lines.append(f"trial {number} is not ranked: {reason}")
-    return lines
+    if winner is None:
+        lines.append("no trial can be ranked")
+    else:
+        lines.append(f"winner {_ranked_line(winner)}")
+        if best["trial"] != winner["trial"]:
+            lines.append(f"best   {_ranked_line(best)}")
+            lines.append(f"rule   {found['rule']}")
+        alike = [number for number in found["indistinguishable"] if number != best["trial"]]
+        if alike:
+            lines.append(f"alike  can't be told apart from the best: trial {', '.join(map(str, alike))}")
+    for row in found["unranked"]:
+        lines.append(f"not ranked: trial {row['trial']} ({row['state']}): {row['reason']}")
+    for row in found["stops_by_depth"]:
+        if row["stopped"]:
+            lines.append(
+                f"frozen to depth {row['frozen_depth']} of {row['num_stages']}: {row['stopped']} of {row['trials']} stopped early"
+            )
+    return lines + [f"note   {caution}" for caution in found["cautions"]]
+
+
+def _ranked_line(row: Mapping[str, Any]) -> str:
+    interval = "" if row["auc_ci"] is None else f" [{row['auc_ci'][0]:.3f}, {row['auc_ci'][1]:.3f}]"
+    where = f"trial {row['trial']}: val AUC {row['auc']:.3f}{interval} after epoch {row['epoch'] + 1}"
+    return f"{where}; {drawn_of(row['overrides']) or 'the config itself'}"
 
 
 def _train_winner(
     asked: Config, folder: Path, found: Mapping[str, Any], *, seeds: int, test: bool, as_json: bool
 ) -> list[dict[str, Any]]:
     """The winner's config once more, as ordinary runs in ``folder/winner/seed-N``, with ``train.seed`` and the next ones."""
-    number = found["winner"]
-    if number is None:
-        raise UserError(f"{folder}: no trial could be ranked, so there is no winner to train.")
-    winner = load_config(file=folder / "trials" / f"{number:05d}" / "config.yaml")
+    if found["winner"] is None:
+        raise TrainingError(f"{folder}: no trial could be ranked, so there is no winner to train.")
+    number = found["winner"]["trial"]
+    winner = load_config(file=folder / found["winner"]["folder"] / "config.yaml")
     results = []
     for seed in range(winner.train.seed, winner.train.seed + seeds):
         # In a sweep a trial computes with its share of the machine; alone it has it all, unless the user has said otherwise.

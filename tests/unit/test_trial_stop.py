@@ -14,6 +14,7 @@ def test_asha_stops_what_is_below_the_rung_s_quantile() -> None:
     rule = StopRule(Tune(scheduler="asha", grace_epochs=1, reduction_factor=3), max_epochs=9)
     rng = np.random.default_rng(0)
     curves = rng.random((30, 9))
+    reason = None
     for epochs in range(1, 10):
         at_rung: list[float] = []
         for number in range(30):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def on_disk(folder: Path, number: int) -> dict[str, Any]:
     return json.loads((folder / trial_name(number) / "trial.json").read_text())
 
 
-def log_epochs(folder: Path, number: int, rows: list[Mapping[str, Any]]) -> None:
+def log_epochs(folder: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
     place = folder / trial_name(number)
     place.mkdir(parents=True, exist_ok=True)
     (place / "log.jsonl").write_text(
@@ -289,6 +289,7 @@ _SPECS = {depth: (lambda number, d=depth: TrialSpec(number, {}, _CONFIGS[d])) fo
 def test_two_free_workers_begin_with_different_prefixes() -> None:
     specs = [spec_of(0, 4), spec_of(1, 4), spec_of(2, 2)]
     first = next_of(specs, None, set())
+    assert first is not None
     assert first is specs[0]
     assert next_of(specs[1:], None, {prefix_of(first.config)}) is specs[2]
 
