@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from medtl_dist.data.reader import EvalPass, Layout, TrainPass
+from medtl_dist.data.reader import Layout, Pass
 from medtl_dist.data.worker import Failed, Part, Start, make_part, map_slots
 from medtl_dist.errors import Interrupted, UserError
 
@@ -67,7 +67,7 @@ class Loader:
         """The ids of the running loader processes."""
         return [process.popen.pid for process in self._processes]
 
-    def run(self, work: TrainPass | EvalPass) -> Iterator[tuple[Images, list[Part]]]:
+    def run(self, work: Pass) -> Iterator[tuple[Images, list[Part]]]:
         """The pass's batches in order: uint8 [rows, C, S, S], valid until the next is asked for, and its parts.
 
         Raises:
@@ -81,7 +81,7 @@ class Loader:
             return self._run_here(work, layout)
         return self._run_in_processes(work, layout)
 
-    def _run_here(self, work: TrainPass | EvalPass, layout: Layout) -> Iterator[tuple[Images, list[Part]]]:
+    def _run_here(self, work: Pass, layout: Layout) -> Iterator[tuple[Images, list[Part]]]:
         cv2.setNumThreads(0)  # one thread decodes; OpenCV's own would only fight those of the model
         parts = work.parts(0, 1)
 
@@ -97,7 +97,7 @@ class Loader:
                 ahead = thread.submit(make) if batch + 1 < layout.num_batches else None
                 yield made
 
-    def _run_in_processes(self, work: TrainPass | EvalPass, layout: Layout) -> Iterator[tuple[Images, list[Part]]]:
+    def _run_in_processes(self, work: Pass, layout: Layout) -> Iterator[tuple[Images, list[Part]]]:
         if layout.num_batches == 0:
             return
         this_pass = self._pass
@@ -126,7 +126,7 @@ class Loader:
         for process in self._processes:
             process.settle()
 
-    def _start(self, work: TrainPass | EvalPass, layout: Layout, num_slots: int) -> npt.NDArray[np.uint8]:
+    def _start(self, work: Pass, layout: Layout, num_slots: int) -> npt.NDArray[np.uint8]:
         """Shared memory for the slots, and the pass told to the processes (started where they are not running)."""
         shape = (num_slots, *_shape(work, layout))
         if not self._memory:
@@ -211,7 +211,7 @@ def _stop(processes: list[_Process], memory: list[int]) -> None:
         os.close(memory.pop())
 
 
-def _shape(work: TrainPass | EvalPass, layout: Layout) -> tuple[int, int, int, int]:
+def _shape(work: Pass, layout: Layout) -> tuple[int, int, int, int]:
     size = work.transform.image_size_px
     return layout.num_rows, work.dataset.channels, size, size
 

@@ -112,6 +112,11 @@ class Reader:
         """
         return self._load(piece) if self._ahead is None else self._ahead.take(piece)
 
+    def listed(self, piece: Piece) -> tuple[Rows, IntArray]:
+        """What the index alone says of a piece: its shard's rows, and which of them are its samples. Raises: DataError."""
+        rows = self._rows(piece.shard)
+        return rows, rows.chosen(piece)
+
     def read_ahead(self, piece: Piece) -> None:
         """Announces a piece that will be read: the system, or a thread, fetches it in the background."""
         shard = self.shards[piece.shard]

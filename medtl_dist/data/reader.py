@@ -19,7 +19,7 @@ from medtl_dist.data.pieces import DIFFERS, Draw, Reader, Sample, damaged, is_wh
 from medtl_dist.data.plan import EpochPlan, EvalPlan, Piece, eval_plan, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.strata import Strata
-from medtl_dist.data.transforms import MAX_PIXELS, EvalTransform, Image, TrainTransform, augment_draws, decode
+from medtl_dist.data.transforms import MAX_PIXELS, EvalTransform, Image, TrainTransform, augment_draws, decode, view_of
 from medtl_dist.errors import DataError
 
 Window = tuple[list[Piece], npt.NDArray[np.int64]]
@@ -59,6 +59,7 @@ class TrainPass:
     verify: bool
     max_pixels: int = MAX_PIXELS
     strata: Strata | None = None  # of weighted sampling
+    views: int | None = None  # different views of an image; None: a fresh one each epoch
 
     def plan(self) -> EpochPlan:
         """The epoch's order, from the shards' counts. Raises: UserError, see ``train_plan``."""
@@ -97,7 +98,8 @@ class TrainPass:
 
     def view(self, image: Image, key: bytes) -> Image:
         """What the model sees of a sample in this epoch."""
-        return self.transform(image, augment_draws(self.seed, self.epoch, key))
+        number = self.epoch if self.views is None else view_of(key, self.epoch, self.views)
+        return self.transform(image, augment_draws(self.seed, number, key))
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,7 @@ class EvalPass:
         """The worker's batches: each ``num_workers``-th of the rank's."""
         plan = self.plan()
         numbers = plan.batches_of(self.rank, self.world_size)[worker::num_workers]
-        with contextlib.closing(Reader(self.dataset, self.split)) as reader:
-            for number, following in zip_longest(numbers, numbers[1:]):
-                for piece in () if following is None else plan.batch(following):
-                    reader.read_ahead(piece)
-                yield [sample for piece in plan.batch(number) for sample in reader.read(piece)]
+        yield from _whole_batches(self.dataset, self.split, plan, numbers)
 
     def view(self, image: Image, key: bytes) -> Image:
         """What the model sees of a sample, every time."""
@@ -139,7 +137,49 @@ class EvalPass:
         return self.transform(image)
 
 
-def fill(rows: npt.NDArray[np.uint8], samples: list[Sample], work: TrainPass | EvalPass) -> None:
+@dataclass(frozen=True)
+class RowsPass:
+    """Samples ``[start, stop)`` of a split in index order, in batches of one shape, as one epoch of training (given
+    ``shown``) or evaluation shows them. Picklable: loader processes get it whole."""
+
+    dataset: Dataset
+    split: str
+    transform: TrainTransform | EvalTransform
+    batch_size: int  # divides ``start``
+    start: int
+    stop: int
+    verify: bool
+    shown: tuple[int, int, int] | None = None  # seed, epoch and number of views
+    max_pixels: int = MAX_PIXELS
+
+    def layout(self, max_workers: int) -> Layout:
+        """Whole batches in turn, so that each is one read."""
+        num_batches = len(self._numbers())
+        slices = (slice(0, self.batch_size),) * max(1, min(max_workers, num_batches))
+        return Layout(num_batches, self.batch_size, slices, together=False)
+
+    def parts(self, worker: int, num_workers: int) -> Iterator[list[Sample]]:
+        """The worker's batches: each ``num_workers``-th."""
+        counts = [shard.samples for shard in self.dataset.shards(self.split)]
+        numbers = self._numbers()[worker::num_workers]
+        yield from _whole_batches(self.dataset, self.split, eval_plan(counts, self.batch_size), numbers)
+
+    def view(self, image: Image, key: bytes) -> Image:
+        """What the model sees of a sample."""
+        if isinstance(self.transform, EvalTransform):
+            return self.transform(image)
+        assert self.shown is not None
+        seed, epoch, views = self.shown
+        return self.transform(image, augment_draws(seed, view_of(key, epoch, views), key))
+
+    def _numbers(self) -> range:
+        return range(self.start // self.batch_size, -(-self.stop // self.batch_size))
+
+
+Pass = TrainPass | EvalPass | RowsPass
+
+
+def fill(rows: npt.NDArray[np.uint8], samples: list[Sample], work: Pass) -> None:
     """Decodes and transforms the samples into the first ``rows`` (uint8 [≥ n, C, S, S]); the rows beyond become 0.
 
     Raises: DataError naming shard and key, a sample that differs from its checksum or can't be decoded.
@@ -155,6 +195,15 @@ def fill(rows: npt.NDArray[np.uint8], samples: list[Sample], work: TrainPass | E
             raise damaged(work.dataset, sample, error) from None
         row[:] = work.view(image, sample.key)
     rows[len(samples) :] = 0
+
+
+def _whole_batches(dataset: Dataset, split: str, plan: EvalPlan, numbers: range) -> Iterator[list[Sample]]:
+    """The samples of these batches, the following one announced."""
+    with contextlib.closing(Reader(dataset, split)) as reader:
+        for number, following in zip_longest(numbers, numbers[1:]):
+            for piece in () if following is None else plan.batch(following):
+                reader.read_ahead(piece)
+            yield [sample for piece in plan.batch(number) for sample in reader.read(piece)]
 
 
 def _announced(reader: Reader, windows: Iterator[Window]) -> Window | None:

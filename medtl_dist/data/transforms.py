@@ -6,7 +6,8 @@ the image itself, aspect given up. Training shows a random crop of the same fram
 two are the same pixels. Both go through one resampling: bilinear, after averaging over k×k blocks where more than
 2 source pixels fall on one (k = floor of that ratio), so that nothing aliases.
 
-Augmentation of a sample is a pure function of (seed, epoch, key): see ``augment_draws``.
+Augmentation of a sample is a pure function of (seed, epoch, key), or of (seed, view, key) where an image has so many views
+and no more: see ``augment_draws`` and ``view_of``.
 """
 
 from __future__ import annotations
@@ -98,8 +99,18 @@ class TrainTransform:
 
 
 def augment_draws(seed: int, epoch: int, key: bytes) -> Draws:
-    """float64 [16] uniform in [0, 1): those of a sample's view, the same on every machine and version."""
+    """float64 [16] uniform in [0, 1): those of a sample's view, the same on every machine and version.
+
+    ``epoch``: or the number of the view, where the views of an image are numbered."""
     return np.concatenate([draws_of(seed, epoch, key, block) for block in range(NUM_DRAWS // _BLOCK_DRAWS)])
+
+
+def view_of(key: bytes, epoch: int, views: int) -> int:
+    """Which of an image's ``views`` training views an epoch shows: (hash(key) + epoch) mod views.
+
+    Over ``views`` epochs an image shows each of them once, and in every epoch each view is shown by about as many images.
+    """
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") + epoch) % views
 
 
 def draws_of(seed: int, epoch: int, key: bytes, block: int) -> Draws:

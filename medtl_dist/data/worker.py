@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from medtl_dist.data.reader import EvalPass, Sample, TrainPass, fill
+from medtl_dist.data.reader import Pass, Sample, fill
 from medtl_dist.errors import MedtlError
 from medtl_dist.storage import leave
 
@@ -29,7 +29,7 @@ class Start:
     """Begin a pass: this process is ``worker`` of ``num_workers`` and fills ``rows`` of each slot.
     ``shape``: slots, rows, channels, height, width of the shared memory."""
 
-    work: TrainPass | EvalPass
+    work: Pass
     worker: int
     num_workers: int
     rows: slice
@@ -52,7 +52,7 @@ class Failed:
     traceback: str
 
 
-def make_part(samples: list[Sample], rows: npt.NDArray[np.uint8], work: TrainPass | EvalPass) -> Part:
+def make_part(samples: list[Sample], rows: npt.NDArray[np.uint8], work: Pass) -> Part:
     """Fills ``rows`` (uint8 [≥ n, C, S, S]) with the samples' pixels, 0 beyond them, and tells the rest.
 
     Raises: DataError, see ``fill``.

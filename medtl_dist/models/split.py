@@ -45,19 +45,23 @@ def split(model: nn.Module, spec: BackboneSpec, frozen_depth: int | str) -> Spli
     if depth == 0:
         return Split(lambda images: images, model)
     graph = _outline(model, spec)
-    inside = _prefix_nodes(model, spec, graph, depth)
-    crossing, behind = _crossing(graph, inside), _behind(spec, graph, inside, depth)
-    if len(crossing) != 1 or behind:
-        reason = (
-            f"{', '.join(behind[:4])} comes after what is not" if behind else f"{len(crossing)} values pass to the rest"
-        )
-        raise UserError(
-            f"{spec.name} cannot be cut after stage {depth}: {reason}; the prefix cache needs frozen layers first and one "
-            "tensor after them, use another frozen_depth"
-        )
-    prefix = fx.Interpreter(model, graph=_part(graph, inside, None, crossing[0]))
-    suffix = fx.Interpreter(model, graph=_part(graph, set(graph.nodes) - inside, crossing[0], None))
+    inside, crossing = _cut(model, spec, graph, depth)
+    prefix = fx.Interpreter(model, graph=_part(graph, inside, None, crossing))
+    suffix = fx.Interpreter(model, graph=_part(graph, set(graph.nodes) - inside, crossing, None))
     return Split(torch.no_grad()(prefix.run), suffix.run)
+
+
+def between(model: nn.Module, spec: BackboneSpec, shallow: int, deep: int) -> Callable[[Tensor], Tensor]:
+    """What leads from the boundary after stage ``shallow`` to that after stage ``deep``, without a graph; 0 < shallow ≤ deep.
+
+    Raises:
+        UserError: a model that cannot be cut at one of the two.
+    """
+    graph = _outline(model, spec)
+    before, start = _cut(model, spec, graph, shallow)
+    inside, end = _cut(model, spec, graph, deep)
+    part = fx.Interpreter(model, graph=_part(graph, inside - before, start, end))
+    return torch.no_grad()(part.run)
 
 
 def separable(model: nn.Module, spec: BackboneSpec) -> bool:
@@ -71,6 +75,21 @@ def separable(model: nn.Module, spec: BackboneSpec) -> bool:
         if len(_crossing(graph, inside)) != 1 or _behind(spec, graph, inside, depth):
             return False
     return True
+
+
+def _cut(model: nn.Module, spec: BackboneSpec, graph: fx.Graph, depth: int) -> tuple[set[fx.Node], fx.Node]:
+    """The nodes of the first ``depth`` stages, and the one whose value the rest uses. Raises UserError: there is no such one."""
+    inside = _prefix_nodes(model, spec, graph, depth)
+    crossing, behind = _crossing(graph, inside), _behind(spec, graph, inside, depth)
+    if len(crossing) != 1 or behind:
+        reason = (
+            f"{', '.join(behind[:4])} comes after what is not" if behind else f"{len(crossing)} values pass to the rest"
+        )
+        raise UserError(
+            f"{spec.name} cannot be cut after stage {depth}: {reason}; the prefix cache needs frozen layers first and one "
+            "tensor after them, use another frozen_depth"
+        )
+    return inside, crossing[0]
 
 
 class _Outliner(fx.Tracer):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 # data_wait: for the next batch. compute: the step itself, DDP's exchange of gradients within it. communication: the small
 # reduction before each step, which is mostly waiting for the slowest rank. evaluation, checkpoint: as they say.
-ACTIVITIES = ("data_wait", "compute", "communication", "evaluation", "checkpoint")
+# prefix_cache: filling it, which is no part of the time that rates are made from.
+ACTIVITIES = ("data_wait", "compute", "communication", "evaluation", "checkpoint", "prefix_cache")
 
 
 @dataclass

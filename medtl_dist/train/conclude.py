@@ -8,6 +8,7 @@ from medtl_dist import collectives
 from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
+from medtl_dist.train.prefix_cache import kept_val
 from medtl_dist.train.session import Session, agreed
 from medtl_dist.train.state import best_row, disk_error
 
@@ -21,6 +22,7 @@ def conclude(session: Session, *, open_test: bool) -> None:
     splits = ["val"] + (["test"] if open_test else [])
     scored: dict[str, Predictions] = {}
     for split in splits:
+        kept = kept_val(session) if split == "val" else None
         predictions = score_split(
             session.scorer,
             session.dataset,
@@ -28,6 +30,7 @@ def conclude(session: Session, *, open_test: bool) -> None:
             rank=run.rank,
             world_size=run.world_size,
             loader=session.loader,
+            kept=kept,
         )
         if predictions is not None:
             scored[split] = predictions

@@ -14,13 +14,14 @@ from medtl_dist import collectives
 from medtl_dist.data.label_sets import TASK, UNKNOWN
 from medtl_dist.data.loader import Loader
 from medtl_dist.data.shards import Dataset, read_split
-from medtl_dist.data.stream import Batch, eval_batches
+from medtl_dist.data.stream import Batch, Kept, eval_batches
 from medtl_dist.data.transforms import EvalTransform
 from medtl_dist.errors import MedtlError
 from medtl_dist.metrics.pooling import pool
 from medtl_dist.metrics.scores import log_odds, probability
 from medtl_dist.models.normalise import Normalisation, normalise
 from medtl_dist.train.precision import Precision
+from medtl_dist.train.prefix import Prefix, boundary_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Scorer:
     channels_last: bool
     batch_size: int
     views: str = "one"
+    prefix: Prefix | None = None  # of the model: its frozen layers, where they are computed apart
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,19 @@ def binary_cross_entropy(outputs: np.ndarray, sets: np.ndarray) -> float:
 
 @torch.no_grad()
 def score_split(
-    scorer: Scorer, dataset: Dataset, split: str, *, rank: int, world_size: int, loader: Loader | None = None
+    scorer: Scorer,
+    dataset: Dataset,
+    split: str,
+    *,
+    rank: int,
+    world_size: int,
+    loader: Loader | None = None,
+    kept: Kept | None = None,
 ) -> Predictions | None:
     """Score every image of ``split`` once. Collective: every rank calls it; rank 0 gets the pooled predictions, others None.
 
     A batch holds the same images in the same places at every world size, the last one padded to the same shape, so an
-    image's score does not depend on the world size.
+    image's score does not depend on the world size. ``kept``: where the boundaries of the scorer's prefix can be had.
 
     Raises:
         DataError: on every rank, where one rank met a damaged shard or a key is missing or scored differently twice.
@@ -93,10 +102,10 @@ def score_split(
     was_training = scorer.model.training
     scorer.model.eval()
     try:
-        for batch in _batches(scorer, dataset, split, rank=rank, world_size=world_size, loader=loader):
+        for batch in _batches(scorer, dataset, split, rank, world_size, loader, kept):
             keys += batch.keys
             labels.append(batch.labels.numpy())
-            outputs.append(forward(scorer, batch.images)[: batch.num_real])
+            outputs.append(forward(scorer, batch.images, at_boundary=batch.at_boundary)[: batch.num_real])
     except MedtlError as error:
         failure = error
     finally:
@@ -122,14 +131,21 @@ def score_split(
     return pooled
 
 
-def forward(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
-    """Outputs float32 [batch, classes] of images uint8 [batch, channels, size, size], the mean over the scorer's views."""
+def forward(scorer: Scorer, images: torch.Tensor, *, at_boundary: bool = False) -> np.ndarray:
+    """Outputs float32 [batch, classes] of images uint8 [batch, channels, size, size], the mean over the scorer's views.
+
+    ``at_boundary``: of what came out of the scorer's prefix for one view of them."""
     images = images.to(scorer.device, non_blocking=True)
-    with scorer.precision.autocast():
-        outputs = []
-        for view in views_of(images, scorer.views):
-            inputs = normalise(view, scorer.normalisation, channels_last=scorer.channels_last)
-            outputs.append(scorer.model(inputs).float())
+    outputs = []
+    for view in [images] if at_boundary else views_of(images, scorer.views):
+        if scorer.prefix is None:
+            with scorer.precision.autocast():
+                inputs = normalise(view, scorer.normalisation, channels_last=scorer.channels_last)
+                outputs.append(scorer.model(inputs).float())
+        else:
+            boundary = view if at_boundary else boundary_of(scorer.prefix, view)
+            with scorer.precision.autocast():
+                outputs.append(scorer.prefix.split.suffix(boundary).float())
     return torch.stack(outputs).mean(dim=0).cpu().numpy() if len(outputs) > 1 else outputs[0].cpu().numpy()
 
 
@@ -170,7 +186,7 @@ def predictions_table(dataset: Dataset, split: str, predictions: Predictions) ->
 
 
 def _batches(
-    scorer: Scorer, dataset: Dataset, split: str, *, rank: int, world_size: int, loader: Loader | None
+    scorer: Scorer, dataset: Dataset, split: str, rank: int, world_size: int, loader: Loader | None, kept: Kept | None
 ) -> Iterator[Batch]:
     return eval_batches(
         dataset,
@@ -180,4 +196,5 @@ def _batches(
         rank=rank,
         world_size=world_size,
         loader=loader,
+        kept=kept,
     )

@@ -26,6 +26,8 @@ from medtl_dist.train import ema, losses, optim
 from medtl_dist.train.clock import Clock
 from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, score_split
+from medtl_dist.train.prefix import boundary_of
+from medtl_dist.train.prefix_cache import kept_train, kept_val
 from medtl_dist.train.session import Session, agreed, start, train_stream
 from medtl_dist.train.setup import average_buffers
 from medtl_dist.train.state import best_row, due, save
@@ -54,7 +56,8 @@ def fit(config: Config, run: Run, *, open_test: bool = False, warm: Warm | None 
                 )
         conclude(session, open_test=open_test)
     finally:
-        session.loader.close()
+        if warm is None:
+            session.warm.close()
         session.journal.close()
 
 
@@ -79,7 +82,9 @@ def train_epoch(session: Session) -> Clock:
     session.network.model.train()  # what is frozen stays in eval
     loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
     last: tuple[Tensor, list[str]] | None = None
-    batches = agreed(lambda: train_stream(session))
+    with clock.during("prefix_cache"):
+        kept = kept_train(session)
+    batches = agreed(lambda: train_stream(session, kept))
     while position.step < session.plan.num_steps:
         with clock.during("data_wait"):
             batch, failure = _next(batches)
@@ -117,7 +122,7 @@ def train_epoch(session: Session) -> Clock:
                 f"stopped as asked in epoch {position.epoch}, after step {position.step}; the same command with --resume goes on."
             )
     _look_back(session, loss_here, last)
-    clock.train_s = clock.elapsed()
+    clock.train_s = clock.elapsed() - clock.seconds["prefix_cache"]
     return clock
 
 
@@ -140,6 +145,8 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     )
     optim.set_lr(session.optimizer, factor)
     images = batch.images.to(session.run.device, non_blocking=True)
+    if session.prefix is not None and not batch.at_boundary:
+        images = boundary_of(session.prefix, images)
     labels = batch.labels.to(session.run.device, non_blocking=True)
     total = torch.zeros((), dtype=torch.float64, device=session.run.device)
     scale = session.run.world_size / global_weight if global_weight > 0 else 0.0
@@ -149,8 +156,7 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     ):
         with _no_sync(session.stepper) if part < parts - 1 else contextlib.nullcontext():
             with network.precision.autocast():
-                inputs = normalise(some_images, network.normalisation, channels_last=config.train.channels_last)
-                logits = session.stepper(inputs)
+                logits = session.stepper(_inputs(session, some_images))
             loss = losses.loss_sum(logits, some_labels, config.train, session.class_weights)
             session.scaler.scale(loss * scale).backward()
         total += loss.detach().double()
@@ -166,12 +172,21 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> Tensor:
     return total
 
 
+def _inputs(session: Session, images: Tensor) -> Tensor:
+    """What the stepper takes: normalised images, or boundaries as they are."""
+    if session.prefix is not None:
+        return images
+    return normalise(images, session.network.normalisation, channels_last=session.config.train.channels_last)
+
+
 def close_epoch(session: Session, clock: Clock) -> None:
     """Score val, append to the history, commit a checkpoint, report. Collective; decided once, on rank 0, for all ranks."""
     position, run = session.position, session.run
     average_buffers(session.network.model)
     if session.ema is not None:
         average_buffers(session.ema.model)
+    with clock.during("prefix_cache"):
+        kept = kept_val(session)
     with clock.during("evaluation"):
         predictions = score_split(
             session.scorer,
@@ -180,6 +195,7 @@ def close_epoch(session: Session, clock: Clock) -> None:
             rank=run.rank,
             world_size=run.world_size,
             loader=session.loader,
+            kept=kept,
         )
         numbers = collectives.from_rank_0(_val_numbers(predictions, session) if predictions is not None else {})
     if predictions is not None and session.warm.keep_epoch_scores:

@@ -14,33 +14,37 @@ from medtl_dist.data.plan import EpochPlan
 from medtl_dist.errors import UserError
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run
+from medtl_dist.train.prefix import FromBoundary, Prefix
 from medtl_dist.train.setup import Network
 
 
-def wrap(config: Config, network: Network, channels: int, own_batch: int) -> nn.Module:
+def wrap(config: Config, network: Network, channels: int, own_batch: int, prefix: Prefix | None = None) -> nn.Module:
     """DDP around the model, its buckets already in their final order; the model itself in one process.
 
-    Leaves the model's state and the random generators as they were. Collective.
+    With a ``prefix`` what is wrapped takes its boundaries instead of normalised images. Leaves the model's state and the
+    random generators as they were. Collective.
     """
+    stepped = network.model if prefix is None else FromBoundary(network.model, prefix.split.suffix)
     if not collectives.active():
-        return network.model
+        return stepped
     device = device_of(network)
     on_gpu = [device] if device.type == "cuda" else []
     # BatchNorm statistics are averaged over the ranks before each evaluation, not copied from rank 0 at every step.
     wrapped = DistributedDataParallel(
-        network.model, device_ids=on_gpu or None, forward_sync_buffers=False, gradient_as_bucket_view=True
+        stepped, device_ids=on_gpu or None, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
     # DDP rebuilds its buckets after the first backward, and gloo's sums depend on the place in a bucket. One discarded
     # backward here, before any state is loaded, makes a resumed run add in the same order as an undisturbed one.
     before = copy.deepcopy(network.model.state_dict())
     network.model.train()
-    size = network.image_size_px
-    images = torch.zeros(
-        (max(2, own_batch // config.train.accumulation_steps), channels, size, size), dtype=torch.uint8
-    )
+    size, num_rows = network.image_size_px, max(2, own_batch // config.train.accumulation_steps)
     with torch.random.fork_rng(devices=on_gpu):  # dropout draws here too
         with network.precision.autocast():
-            inputs = normalise(images.to(device), network.normalisation, channels_last=config.train.channels_last)
+            if prefix is None:
+                images = torch.zeros((num_rows, channels, size, size), dtype=torch.uint8, device=device)
+                inputs = normalise(images, network.normalisation, channels_last=config.train.channels_last)
+            else:
+                inputs = prefix.blank(num_rows)
             outputs = wrapped(inputs)
         outputs.float().sum().backward()
     wrapped.zero_grad(set_to_none=True)

@@ -20,15 +20,18 @@ from medtl_dist.data.loader import Loader
 from medtl_dist.data.plan import EpochPlan, check_world_size, train_plan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.strata import Strata, strata_of
-from medtl_dist.data.stream import Batch, run_length_of, train_batches
+from medtl_dist.data.stream import Batch, Kept, run_length_of, train_batches
 from medtl_dist.errors import MedtlError, UserError
 from medtl_dist.models.join import spec_of
+from medtl_dist.models.split import split
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint, losses, mixing, optim
 from medtl_dist.train.ema import Ema, ema_of
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
 from medtl_dist.train.parallel import check_batch_norm, own_batch_of, wrap
+from medtl_dist.train.prefix import Prefix, prefix_of
+from medtl_dist.train.prefix_cache import PrefixCache, cache_of
 from medtl_dist.train.recompute import recompute_stages
 from medtl_dist.train.setup import (
     Network,
@@ -81,6 +84,9 @@ class Session:
     position: Position
     started: str
     warm: Warm
+    prefix: Prefix | None  # of the model that learns, where its frozen layers are computed apart
+    whole_because: str  # else: why they are not
+    cache: PrefixCache | None = None
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
 
 
@@ -89,7 +95,8 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     threads = set_threads(config, run.world_size)
     torch.manual_seed(config.train.seed * 1009 + run.rank)
-    dataset = agreed(lambda: open_shards(config))
+    keep, warm = warm.network if warm else None, warm or Warm()
+    dataset = agreed(lambda: warm.dataset(config, open_shards))
     agreed(lambda: check_augmentation(config, dataset))
     agreed(lambda: check_label_sets(config, dataset))
     strata = agreed(lambda: sampling_of(config, dataset))
@@ -110,34 +117,41 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         rank=run.rank,
         load_weights=saved is None,
         frozen_depth=depth_at(config, spec_of(config.model), saved[2]["epoch"] if saved is not None else 0),
+        keep=keep,
     )
     least_frozen = depth_at(config, network.spec, config.train.epochs)
     agreed(lambda: check_batch_norm(config, own_batch, all_frozen=least_frozen == network.spec.num_stages))
     if config.train.activation_checkpointing:
         recompute_stages(network.model, network.spec)
     ema = ema_of(network.model, config.train.ema_decay) if config.train.ema_decay is not None else None
-    scorer = scorer_of(config, network)
+    prefix, whole_because = prefix_of(config, network)
+    scorer = dataclasses.replace(scorer_of(config, network), prefix=prefix)
+    if ema is not None:
+        averaged = prefix and dataclasses.replace(prefix, split=split(ema.model, network.spec, prefix.depth))
+        scorer = dataclasses.replace(scorer, model=ema.model, prefix=averaged)
     session = Session(
         config=config,
         run=run,
         dataset=dataset,
         strata=strata,
         network=network,
-        stepper=wrap(config, network, dataset.channels, own_batch),
+        stepper=wrap(config, network, dataset.channels, own_batch, prefix),
         optimizer=optim.create_optimizer(
             config.optim, optim.parameter_groups(config.optim, network.model, network.spec)
         ),
         scaler=network.precision.scaler(),
         ema=ema,
-        loader=Loader(_loader_workers(config, run, threads)),
-        scorer=dataclasses.replace(scorer, model=ema.model) if ema is not None else scorer,
+        loader=warm.loader(_loader_workers(config, run, threads)),
+        scorer=scorer,
         class_weights=agreed(lambda: _class_weights(config, dataset, run.device)),
         plan=plan,
         threads=threads,
         journal=Journal(run, first_step=step or 0),
         position=Position(),
         started=started,
-        warm=warm or Warm(),
+        warm=warm,
+        prefix=prefix,
+        whole_because=whole_because,
     )
     for text in warnings:
         session.journal.note(text)
@@ -150,6 +164,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         )
     if network.precision.note:
         session.journal.note(f"precision {network.precision.name}: {network.precision.note}")
+    session.cache = agreed(lambda: cache_of(session))
     return session
 
 
@@ -227,14 +242,16 @@ def _loader_workers(config: Config, run: Run, threads: int) -> int:
     return min(8, max(threads - 1, 1)) if run.device.type == "cuda" else 0
 
 
-def train_stream(session: Session) -> Iterator[Batch]:
-    """The rest of the current epoch's batches of this rank, from the position's step on, mixed where the config says so."""
+def train_stream(session: Session, kept: Kept | None = None) -> Iterator[Batch]:
+    """The rest of the current epoch's batches of this rank, from the position's step on, mixed where the config says so.
+
+    ``kept``: where the boundaries of their images can be had."""
     config, position, run = session.config, session.position, session.run
     mixes = mixing.on(config.augment)
     batches = train_batches(
         session.dataset,
         "train",
-        transform=train_transform_of(config, session.network),
+        transform=train_transform_of(config, session.network.image_size_px),
         global_batch_size=config.data.global_batch_size,
         seed=config.train.seed,
         epoch=position.epoch,
@@ -246,6 +263,8 @@ def train_stream(session: Session) -> Iterator[Batch]:
         verify=config.data.verify_checksums,
         pin_memory=run.device.type == "cuda",
         strata=session.strata,
+        views=config.augment.views,
+        kept=kept,
     )
     if not mixes:
         return batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from medtl_dist.data.label_sets import TASK
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.transforms import EvalTransform, TrainTransform
 from medtl_dist.errors import MedtlError, UserError
+from medtl_dist.models.backbones import Created
 from medtl_dist.models.folding import fold_frozen
 from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.join import create_network_of, spec_of
@@ -28,6 +30,9 @@ from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.precision import Precision, resolve
 
 TASKS = ("binary", "multiclass", TASK)
+
+# Makes a network, or copies one that is kept: what it depends on, the weights files that it is read from, how to make it.
+Keep = Callable[[tuple[Any, ...], Iterable[str], Callable[[], Created]], Created]
 
 
 @dataclass(frozen=True)
@@ -93,30 +98,40 @@ def create_network(
     rank: int,
     load_weights: bool = True,
     frozen_depth: int | None = None,
+    keep: Keep | None = None,
 ) -> Network:
     """Build the config's network for the data set. Collective: rank 0 reads the weights, the others receive them.
 
     ``load_weights=False``: the caller loads a checkpoint next, so initial weights need not exist any more.
-    ``frozen_depth``: None for the config's, that of epoch 0.
+    ``frozen_depth``: None for the config's, that of epoch 0. ``keep``: where an equal network may be had from.
     Raises UserError on every rank where the weights can't be had or don't fit.
     """
     backbone = spec_of(config.model)
     depth = resolve_depth(backbone, config.model.frozen_depth if frozen_depth is None else frozen_depth)
-    if config.data.normalisation == "half":
-        normalisation = Normalisation((0.5,) * dataset.channels, (0.5,) * dataset.channels)
-    else:
-        normalisation = native_normalisation(backbone, dataset.channels)
+    normalisation = normalisation_of(config, backbone, dataset.channels)
+    given = config.model if rank == 0 and load_weights else _without_weights(config.model)
+    sizes = (len(dataset.classes), dataset.channels, config.data.image_size_px, config.train.seed)
+
+    def create() -> Created:
+        num_outputs, in_channels, image_size_px, seed = sizes
+        return create_network_of(
+            given,
+            num_outputs=num_outputs,
+            in_channels=in_channels,
+            normalisation=normalisation,
+            image_size_px=image_size_px,
+            seed=seed,
+        )
+
     created = None
     failure: MedtlError | None = None
     try:
-        created = create_network_of(
-            config.model if rank == 0 and load_weights else _without_weights(config.model),
-            num_outputs=len(dataset.classes),
-            in_channels=dataset.channels,
-            normalisation=normalisation,
-            image_size_px=config.data.image_size_px,
-            seed=config.train.seed,
-        )
+        if keep is None:
+            created = create()
+        else:
+            frozen = {"frozen_depth", "fold_frozen"}  # come later
+            key = (given.model_dump_json(exclude=frozen), *sizes, normalisation)
+            created = keep(key, (given.weights, given.second_weights), create)
     except MedtlError as error:
         failure = error
     collectives.raise_together(failure)
@@ -142,6 +157,13 @@ def create_network(
         weights=weights,
         weights_sha256=digest,
     )
+
+
+def normalisation_of(config: Config, backbone: BackboneSpec, channels: int) -> Normalisation:
+    """What the config's images, grey (1 channel) or RGB, are normalised with."""
+    if config.data.normalisation == "half":
+        return Normalisation((0.5,) * channels, (0.5,) * channels)
+    return native_normalisation(backbone, channels)
 
 
 def _without_weights(model: Model) -> Model:
@@ -193,10 +215,10 @@ def scorer_of(config: Config, network: Network) -> Scorer:
     )
 
 
-def train_transform_of(config: Config, network: Network) -> TrainTransform:
+def train_transform_of(config: Config, image_size_px: int) -> TrainTransform:
     """The config's random training view."""
     return TrainTransform(
-        network.image_size_px,
+        image_size_px,
         mode=config.data.eval_view,
         crop_area_min=config.augment.crop_area_min,
         hflip=config.augment.horizontal_flip,

@@ -58,7 +58,8 @@ def unfreeze(session: Session) -> None:
     # The old wrapper's hooks on the parameters go with it, and it lies in a reference cycle.
     session.stepper = network.model
     gc.collect()
-    session.stepper = wrap(config, session.network, session.dataset.channels, own_batch_of(session.plan, session.run))
+    own_batch = own_batch_of(session.plan, session.run)
+    session.stepper = wrap(config, session.network, session.dataset.channels, own_batch, session.prefix)
     session.optimizer = carry_over(
         session.optimizer,
         create_optimizer(config.optim, parameter_groups(config.optim, network.model, network.spec)),
