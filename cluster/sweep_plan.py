@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cluster.trial_queue import prefix_of
 from cluster.trial_state import TrialSpec
 from cluster.trials import reserved_for
 from medtl_dist.config import Config
@@ -20,6 +19,7 @@ from medtl_dist.models.join import spec_of
 from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import losses
 from medtl_dist.train.loop import train_step
+from medtl_dist.train.prefix_plan import plan_groups
 from medtl_dist.train.session import plan_of, start, train_stream
 from medtl_dist.train.setup import available_cpus, open_shards
 
@@ -44,10 +44,8 @@ def plan_sweep(base: Config, specs: Sequence[TrialSpec]) -> dict[str, Any]:
         by_gpus = torch.cuda.device_count() / reserved.gpus if reserved.gpus else float("inf")
         concurrency = int(min(cpus / reserved.cpus, by_gpus) + 1e-9)
     groups = prefix_groups(specs)
-    epoch_s = {group["trials"][0]: 0.0 for group in groups}
     for group in groups:
-        spec = next(spec for spec in specs if spec.number == group["trials"][0])
-        group["epoch_s"] = epoch_s[spec.number] = measured_epoch_s(spec.config)
+        group["epoch_s"] = measured_epoch_s(_spec(specs, group["trials"][0]).config)
     by_trial = {number: group["epoch_s"] for group in groups for number in group["trials"]}
     total = sum(by_trial[spec.number] * spec.config.train.epochs for spec in specs) / num_workers
     return {
@@ -61,22 +59,33 @@ def plan_sweep(base: Config, specs: Sequence[TrialSpec]) -> dict[str, Any]:
 
 
 def prefix_groups(specs: Sequence[TrialSpec]) -> list[dict[str, Any]]:
-    """Trials that share their frozen stages, in the order in which they run: depth, and their numbers."""
-    groups: dict[str, dict[str, Any]] = {}
-    for spec in specs:
-        backbone = spec_of(spec.config.model)
-        depth = resolve_depth(backbone, spec.config.model.frozen_depth)
-        group = groups.setdefault(
-            prefix_of(spec.config),
+    """Trials that share their frozen stages' outputs, the first one's group first: what the cache would keep for them, or why
+    it would keep nothing. Trials of one depth that can't share are a group, too: they take as long."""
+    if not specs:
+        return []
+    configs = [spec.config for spec in specs]
+    device = torch.device("cuda" if torch.cuda.is_available() and configs[0].cluster.use_gpu is not False else "cpu")
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for found in plan_groups(configs, open_shards(configs[0]), device):
+        first = specs[found.trials[0]].config
+        backbone = spec_of(first.model)
+        frozen = resolve_depth(backbone, first.model.frozen_depth)
+        key = (found.label,) if found.reason is None else (first.model.backbone, frozen, found.reason)
+        group = merged.setdefault(
+            key,
             {
-                "backbone": spec.config.model.backbone,
-                "frozen_depth": depth,
-                "num_stages": backbone.num_stages,
-                "trials": [],
+                "backbone": first.model.backbone, "frozen_depth": frozen, "num_stages": backbone.num_stages, "trials": [],
+                "cache_mib": None if found.reason else 0.0, "uncached_because": found.reason,
             },
-        )
-        group["trials"].append(spec.number)
-    return list(groups.values())
+        )  # fmt: skip
+        group["trials"] += [specs[place].number for place in found.trials]
+        if found.reason is None:
+            group["cache_mib"] += found.bytes / 2**20
+    return list(merged.values())
+
+
+def _spec(specs: Sequence[TrialSpec], number: int) -> TrialSpec:
+    return next(spec for spec in specs if spec.number == number)
 
 
 def measured_epoch_s(config: Config) -> float:

@@ -50,7 +50,8 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
         storage = Path(payload["folder"]) / ".ray"
         trainer = TorchTrainer(
             work,
-            train_loop_config={"config": payload["config"], "folder": payload["folder"], "trial": trial},
+            train_loop_config={"trial": trial}
+            | {key: payload[key] for key in ("config", "folder", "warm_options", "num_sharing")},
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.num_workers,
                 use_gpu=use_gpu,
@@ -83,8 +84,10 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
     run = DdpTrialRun(Folder.local(payload["folder"]), trial=payload["trial"])
+    warm = Warm(**payload["warm_options"])
+    warm.cache_trials = payload["num_sharing"]
     try:
-        fit(validate(payload["config"]), run, warm=Warm(keep_epoch_scores=True))
+        fit(validate(payload["config"]), run, warm=warm)
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message}
     return {"error": "", "message": ""}

@@ -29,6 +29,10 @@ from medtl_dist.sweep.outcome import Outcome
 Propose = Callable[[list[Outcome]], TrialSpec | None]
 
 
+# Asking a cache that is not there takes microseconds, opening and checking one that is at least this long.
+_USED_S = 1e-3
+
+
 class Rule(Protocol):
     """What may stop a trial early: told of every epoch, it answers with a reason or None; or only told, of earlier ones."""
 
@@ -78,6 +82,11 @@ class Desk:
         spec = next_of(waiting, worker_prefix, self._busy_prefixes())
         return None if spec is None else self.trials[spec.number]
 
+    def num_sharing(self, trial: Trial) -> int:
+        """How many trials with this one's prefix, itself included, have not ended."""
+        prefix = prefix_of(trial.spec.config)
+        return sum(not other.ended and prefix_of(other.spec.config) == prefix for other in self.trials.values())
+
     def outcomes(self) -> list[Outcome]:
         """All trials by number, those that have not ended too."""
         return [self._outcome(self.trials[number]) for number in sorted(self.trials)]
@@ -104,6 +113,9 @@ class Desk:
     def heard(self, number: int, row: Mapping[str, Any]) -> bool:
         """An epoch has ended; whether the trial is to stop now. It does so after its checkpoint, of its own accord."""
         trial = self.trials[number]
+        spent = float(row.get("prefix_cache_s") or 0.0)
+        if int(row["epoch"]) not in trial.curve and spent >= _USED_S:
+            trial.cached_s = (trial.cached_s or 0.0) + spent
         trial.curve[int(row["epoch"])] = epoch_of(row, trial.seconds + self._busy(number))
         self._ask_rule(trial, int(row["epoch"]))
         write_trial(self._folder, trial)
@@ -116,7 +128,6 @@ class Desk:
             self.lost(number, message or "crashed")
             return False
         trial = self._leave(number)
-        trial.cached_s = end.get("cached_s", trial.cached_s)
         if state == "stopped" and number not in self._told_to_stop:
             state, message = "waiting", None  # the driver itself was told to stop: --resume goes on from the checkpoint
         trial.state = state

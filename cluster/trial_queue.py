@@ -8,9 +8,12 @@ from collections.abc import Collection, Sequence
 from cluster.trial_state import TrialSpec
 from medtl_dist.config import Config
 
-# What decides the outputs of the frozen stages: trials alike in it can share them. ``join`` and the second backbone are in model.
-_PREFIX_SECTIONS = ("data", "augment", "model")
-_PREFIX_TRAIN_KEYS = ("precision", "channels_last", "threads")
+# What decides the outputs of the frozen stages, and so what trials can share (prefix_plan says it exactly, for one data set;
+# an order needs less). The seed decides which views of an image there are.
+_PREFIX_KEYS = {
+    "data": ("shards", "image_size_px", "eval_view", "normalisation", "eval_batch_size"),
+    "train": ("precision", "channels_last", "threads", "seed"),
+}
 
 
 def prefix_of(config: Config) -> str:
@@ -19,8 +22,8 @@ def prefix_of(config: Config) -> str:
     Nothing is frozen: the name of the network and its data, so that such trials, too, stay together and find both loaded.
     """
     tree = config.model_dump(mode="json")
-    kept = {section: tree[section] for section in _PREFIX_SECTIONS}
-    return json.dumps([kept, {key: tree["train"][key] for key in _PREFIX_TRAIN_KEYS}], sort_keys=True)
+    kept = {section: {key: tree[section][key] for key in keys} for section, keys in _PREFIX_KEYS.items()}
+    return json.dumps(kept | {"model": tree["model"], "augment": tree["augment"]}, sort_keys=True)
 
 
 def next_of(

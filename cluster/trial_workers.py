@@ -41,6 +41,7 @@ class TrialWorker:
 
                 exchange.finish(train_ddp_trial(payload, this))
             else:
+                self._warm.cache_trials = payload["num_sharing"]
                 exchange.finish(train_trial(payload, exchange, self._warm))
 
         threading.Thread(target=run, name="trial", daemon=True).start()
@@ -94,8 +95,10 @@ class Crew:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 8}
         return ray.remote(**options)(TrialWorker).remote(dict(self.warm_options))
 
-    def payload_of(self, trial: Trial) -> dict[str, Any]:
+    def payload_of(self, trial: Trial, num_sharing: int) -> dict[str, Any]:
         return {
+            "num_sharing": num_sharing,
+            "warm_options": dict(self.warm_options),
             "config": trial.spec.config.model_dump(mode="json"),
             "folder": str(self.folder / trial_name(trial.number)),
             "num_workers": self.num_workers,
@@ -140,7 +143,7 @@ def _fill(desk: Desk, crew: Crew, slots: list[_Slot]) -> None:
             slot.actor = crew.hire()
         slot.number, slot.prefix = trial.number, prefix_of(trial.spec.config)
         desk.begun(trial.number)
-        slot.news = slot.actor.begin.remote(crew.payload_of(trial))
+        slot.news = slot.actor.begin.remote(crew.payload_of(trial, desk.num_sharing(trial)))
 
 
 def _take_news(desk: Desk, slot: _Slot) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from cluster.launch import set_environment
 from cluster.sweep_folder import opened_sweep_folder
-from cluster.trial_desk import Propose
+from cluster.trial_desk import Propose, waiting_numbers
 from cluster.trial_state import TrialSpec, read_specs, write_specs
 from cluster.trials import Stopped, run_trials, stopping_on_signals
 from medtl_dist.config import Config
@@ -18,6 +19,8 @@ from medtl_dist.errors import ConfigError, DataError, Interrupted, TrainingError
 from medtl_dist.sections import Train
 from medtl_dist.sweep.outcome import Outcome
 from tune_spaces.space import Space, apply, check, draw, load_space
+
+CACHE_FOLDER = "cache"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def run_sweep(
         if tune.searcher == "optuna" and len(drawn) < tune.num_trials:
             from cluster.sweep_optuna import proposer
 
-            propose = proposer(sweep, folder, drawn)
+            propose = _announced(proposer(sweep, folder, drawn), on_start)
         on_start(specs)
         set_environment(own_cluster=sweep.base.cluster.address is None)
         outcomes = run_trials(
@@ -133,6 +136,10 @@ def run_sweep(
             warm_options=warm_options(sweep.base, folder),
         )
         _write_result(folder, outcomes)
+        if not tune.keep_prefix_cache and not waiting_numbers(outcomes):
+            shutil.rmtree(
+                folder / CACHE_FOLDER, ignore_errors=True
+            )  # it is made from patients' images; a sweep that will go on still needs it
     _raise_if_stopped(stopped, outcomes, folder)
     return outcomes
 
@@ -153,7 +160,13 @@ def _write_result(folder: Path, outcomes: list[Outcome]) -> None:
 
 def warm_options(base: Config, folder: Path) -> dict[str, Any]:
     """What a sweep's worker processes keep between trials."""
-    return {"keep_epoch_scores": True}
+    tune = base.tune
+    return {
+        "keep_epoch_scores": True,
+        "cache_dir": folder / CACHE_FOLDER,
+        "cache_mode": tune.prefix_cache,
+        "cache_limit_mib": tune.prefix_cache_mib,
+    }
 
 
 def _rule_of(sweep: Sweep, specs: list[TrialSpec]) -> Any:
@@ -161,11 +174,24 @@ def _rule_of(sweep: Sweep, specs: list[TrialSpec]) -> Any:
         return None
     from cluster.trial_stop import stop_rule_of
 
-    return stop_rule_of(sweep.base.tune, max(spec.config.train.epochs for spec in specs or [spec_of(sweep, 0, {})]))
+    # Optuna's trials are not drawn yet: they may be as long as the space lets them be.
+    ends = [knob.sets(end) for knob in sweep.space.knobs if "train.epochs" in knob.config_keys() for end in knob.ends()]
+    longest = [sets["train.epochs"] for sets in ends] + [spec.config.train.epochs for spec in specs]
+    return stop_rule_of(sweep.base.tune, max([sweep.base.train.epochs, *longest]))
+
+
+def _announced(propose: Propose, on_start: Callable[[list[TrialSpec]], None]) -> Propose:
+    def proposing(outcomes: list[Outcome]) -> TrialSpec | None:
+        spec = propose(outcomes)
+        if spec is not None:
+            on_start([spec])
+        return spec
+
+    return proposing
 
 
 def _raise_if_stopped(stopped: Stopped, outcomes: list[Outcome], folder: Path) -> None:
-    left = sum(outcome.state in ("waiting", "running") for outcome in outcomes)
+    left = len(waiting_numbers(outcomes))
     if stopped.received == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped.received is not None:

@@ -125,7 +125,8 @@ def _run(sweep: Any, folder: Path, *, resume: bool) -> dict[str, Any]:
         epochs.update({spec.number: spec.config.train.epochs for spec in specs})
 
     def epochs_of(number: int) -> int:
-        return int(epochs.get(number, sweep.base.train.epochs))
+        known = epochs.get(number)
+        return sweep.base.train.epochs if known is None else known
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     with showing(console, epochs_of) as tell:
@@ -158,17 +159,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     where = "as many at once as the cluster has room for" if at_once is None else f"{at_once} at once on this machine"
     lines.append(f"each reserves {resources['cpus']:g} CPUs{gpus}{workers}; {where}")
     for group in plan["groups"]:
-        size = group.get("cache_mib")
-        cache = "" if size is None else f", its cache {size:.0f} MiB"
-        frozen = (
-            f"frozen to depth {group['frozen_depth']} of {group['num_stages']}"
-            if group["frozen_depth"]
-            else "nothing frozen"
-        )
+        depth, size = group["frozen_depth"], group["cache_mib"]
+        frozen = f"frozen to depth {depth} of {group['num_stages']}" if depth else "nothing frozen"
+        cache = f"not cached ({group['uncached_because']})" if size is None else f"cache at most {size:.1f} MiB"
         trials = ", ".join(str(number) for number in group["trials"])
-        lines.append(
-            f"{group['backbone']} {frozen}: trials {trials}{cache}; {group['epoch_s']:.1f} s an epoch, uncached"
-        )
+        lines.append(f"{group['backbone']} {frozen}: trials {trials}; {group['epoch_s']:.1f} s an epoch, {cache}")
     seconds = plan["estimate"]["seconds_at_most"]
     lines.append(
         f"about {seconds / 60:.1f} minutes at most (measured: a few steps of each depth in one process; no trial stopped, "

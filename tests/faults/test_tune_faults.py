@@ -1,4 +1,4 @@
-"""Sweeps that lose their driver, a worker or their patience, and several ranks a trial: nothing hangs, nothing is lost or left."""
+"""Sweeps that lose their driver, a worker or patience, and trials of several ranks: nothing hangs, is lost or is left over."""
 
 from __future__ import annotations
 

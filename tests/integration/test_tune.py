@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def _medtl(*arguments: str | Path, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def _medtl(*arguments: str | Path, timeout_s: float = 220) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, against a cluster of its own (token authentication, loopback)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "medtl_dist.cli.main", *map(str, arguments)]
@@ -44,7 +44,7 @@ def test_one_command_from_a_space_to_a_page_and_a_retrained_winner(tmp_path: Pat
     )
     (folder / "space.yaml").write_text(_space_yaml(space))
     done = _medtl(
-        "tune", "--preset", "smoke", "--set", f"data.shards={dataset.folder}", "--space", space, "--num-trials", "4",
+        "tune", "--preset", "smoke", "--set", f"data.shards={dataset.folder}", "--set", "train.threads=1", "--space", space, "--num-trials", "4",
         "--sweep-dir", folder, "--resume", "--then", "train", "--test",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_trials_after_the_first_cost_little_and_an_undefined_auc_is_no_number(tm
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", _TRIALS, tmp_path / "trials", *sets],
-        capture_output=True, text=True, check=False, env=environment, timeout=150,
+        capture_output=True, text=True, check=False, env=environment, timeout=220,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows: list[list[Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -93,9 +93,9 @@ def test_a_trial_runs_and_its_record_says_what_it_took(tmp_path: Path) -> None:
     desk.up(0)  # a new process took 20 s: not the trial's
     for epoch, auc in enumerate([0.7, 0.9, 0.8]):
         clock.now += 10
-        assert desk.heard(0, row(epoch, auc)) is False
+        assert desk.heard(0, row(epoch, auc) | {"prefix_cache_s": 0.75 if epoch < 2 else 1e-6}) is False
     clock.now += 1
-    assert desk.ended(0, {"state": "finished", "cached_s": 1.5})
+    assert desk.ended(0, {"state": "finished"})
     (outcome,) = desk.outcomes()
     assert outcome.state == "finished"
     assert [e.seconds for e in outcome.curve] == [10, 20, 30]
@@ -294,10 +294,18 @@ def test_two_free_workers_begin_with_different_prefixes() -> None:
     assert next_of(specs[1:], None, {prefix_of(first.config)}) is specs[2]
 
 
+def test_how_many_still_share_a_prefix(tmp_path: Path) -> None:
+    desk = desk_of(tmp_path, specs=[spec_of(0, 4), spec_of(1, 4), spec_of(2, 2), spec_of(3, 4)])
+    desk.begun(0)
+    assert [desk.num_sharing(desk.trials[number]) for number in range(4)] == [3, 3, 1, 3]
+    desk.ended(0, {"state": "failed", "message": "why"})
+    assert desk.num_sharing(desk.trials[1]) == 2
+
+
 def test_a_prefix_is_what_decides_the_frozen_outputs() -> None:
     base = load_config(preset="smoke")
     same = load_config(
-        preset="smoke", overrides=["optim.lr=0.5", "train.epochs=9", "train.seed=4", "schedule.name=cosine"]
+        preset="smoke", overrides=["optim.lr=0.5", "train.epochs=9", "data.global_batch_size=4", "schedule.name=cosine"]
     )
     assert prefix_of(same) == prefix_of(base)
     for other in ("model.frozen_depth=2", "train.precision=bf16", "data.image_size_px=48", "augment.rotation_deg=3"):
