@@ -30,12 +30,13 @@ def proposer(
         UserError: Optuna is not installed.
         DataError: ``searcher.json`` does not fit ``trials.json``.
     """
-    study = _study(sweep.base.tune.seed)
     from cluster.tune import spec_of
 
-    asked: dict[int, Any] = {}
     params = _read_params(folder, len(drawn))
-    for number, values in enumerate(params):  # as before: the sampler then knows what the earlier driver's knew
+    # A sampler that begins anew with the same seed would begin with the same draws.
+    study = _study((sweep.base.tune.seed + len(params)) % 2**32)
+    asked: dict[int, Any] = {}
+    for number, values in enumerate(params):
         study.enqueue_trial(values)
         asked[number] = study.ask()
         optuna_trial_values(sweep.space, asked[number], sweep.base)

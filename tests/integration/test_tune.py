@@ -44,8 +44,8 @@ def test_one_command_from_a_space_to_a_page_and_a_retrained_winner(tmp_path: Pat
     )
     (folder / "space.yaml").write_text(_space_yaml(space))
     done = _medtl(
-        "tune", "--preset", "smoke", "--set", f"data.shards={dataset.folder}", "--set", "train.threads=1", "--space", space, "--num-trials", "4",
-        "--sweep-dir", folder, "--resume", "--then", "train", "--test",
+        "tune", "--preset", "smoke", "--set", f"data.shards={dataset.folder}", "--set", "train.threads=1", "--space", space,
+        "--num-trials", "4", "--sweep-dir", folder, "--resume", "--then", "train", "--test",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "sweep.json").read_text())

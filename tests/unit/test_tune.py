@@ -14,12 +14,13 @@ from rich.console import Console
 from shard_sets import write_set
 
 from cluster.sweep_folder import opened_sweep_folder
+from cluster.sweep_optuna import proposer
 from cluster.trial_state import read_specs
 from cluster.tune import drawn_trials, run_sweep, specs_of, sweep_of
 from medtl_dist.cli.main import run
 from medtl_dist.cli.sweep_table import Lines, line_of, screen_of, seconds_left, summary_of, table_of
 from medtl_dist.config import Config, load_config
-from medtl_dist.errors import UserError
+from medtl_dist.errors import DataError, UserError
 from medtl_dist.sweep.outcome import Epoch, Outcome, State
 
 
@@ -99,6 +100,40 @@ def test_optuna_is_asked_for_by_name_where_it_is_missing(
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=re.escape("pip install 'medtl_dist[optuna]'")):
         run_sweep(sweep_of(smoke(shards, "tune.searcher=optuna")), tmp_path / "sweep", resume=False)
+
+
+def test_optuna_goes_on_where_a_killed_driver_left_it(shards: str, tmp_path: Path) -> None:
+    """Points to try first come first; nothing is drawn twice; failed trials are no values; as many as asked for."""
+    pytest.importorskip("optuna")
+    space = tmp_path / "mine.yaml"
+    space.write_text(
+        "knobs: [{key: optim.lr, type: log_uniform, low: 1.0e-4, high: 1.0}, "
+        "{key: model.frozen_depth, type: choice, values: [0, 5]}]\n"
+        "try_first: [{optim.lr: 0.5, model.frozen_depth: 5}]"
+    )
+    sweep = sweep_of(smoke(shards, f"tune.space={space}", "tune.searcher=optuna", "tune.num_trials=5"))
+    assert drawn_trials(sweep) == []
+    outcomes: list[Outcome] = []
+    propose = None
+    for driver, num_trials in enumerate((2, 3)):
+        drawn = read_specs(tmp_path) or []
+        propose = proposer(sweep, tmp_path, drawn)
+        for _ in range(num_trials):
+            spec = propose(outcomes)
+            assert spec is not None
+            assert spec.number == len(outcomes)
+            assert spec.config.optim.lr == spec.overrides["optim.lr"]
+            failed = spec.number == 1
+            outcomes.append(outcome(spec.number, "failed" if failed else "finished", [None if failed else 0.6]))
+        assert [number for number, _ in read_specs(tmp_path) or []] == list(range(2 + 3 * driver))
+    assert propose is not None
+    assert propose(outcomes) is None
+    rates = [overrides["optim.lr"] for _, overrides in read_specs(tmp_path) or []]
+    assert rates[0] == 0.5
+    assert len(set(rates)) == 5
+    (tmp_path / "searcher.json").write_text("{")
+    with pytest.raises(DataError, match=r"searcher\.json: damaged"):
+        proposer(sweep, tmp_path, read_specs(tmp_path) or [])
 
 
 # The folder.
