@@ -71,12 +71,10 @@ def arguments() -> argparse.Namespace:
 def trials_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Frozen depth, learning rate and schedule of each trial: the same for all sides."""
     depths = [int(depth) for depth in options.depths.split(",")]
-    rates = itertools.cycle([0.03, 0.01, 0.003])
-    schedules = itertools.cycle(["constant", "constant", "constant", "cosine", "cosine", "cosine"])
-    pairs = zip(rates, schedules, strict=False)
+    points = itertools.cycle(itertools.product(("constant", "cosine"), (0.03, 0.01, 0.003), depths))
     return [
         {"depth": depth, "lr": lr, "schedule": schedule}
-        for depth, (lr, schedule) in zip(itertools.islice(itertools.cycle(depths), options.trials), pairs, strict=False)
+        for schedule, lr, depth in itertools.islice(points, options.trials)
     ]
 
 
