@@ -231,7 +231,7 @@ def _use_gpu(config: Config) -> bool:
             f"cluster.use_gpu = true with cluster.num_workers = {config.cluster.num_workers}, but this machine has {gpus} GPUs: "
             "lower cluster.num_workers, name a cluster with cluster.address, or set cluster.use_gpu=false."
         )
-    return config.cluster.use_gpu
+    return bool(config.cluster.use_gpu)
 
 
 def _lost(error: Exception) -> Interrupted:

@@ -397,7 +397,10 @@ class Cluster(Section):
         default=None,
         description="Elastic training: go on with as few workers as this where nodes are lost; null: always num_workers.",
     )
-    use_gpu: bool | None = Field(default=None, description="One GPU per worker; null: where there is one.")
+    use_gpu: bool | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="One GPU per worker; null: where there is one; 0.5, say: half a GPU for each single-worker trial of a sweep.",
+    )
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1.0, description="CPUs reserved for each worker.")
     address: str | None = Field(
         default=None, description="Address of a Ray cluster; null: RAY_ADDRESS, else start one here."

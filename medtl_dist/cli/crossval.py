@@ -52,15 +52,15 @@ def run_crossval(
     config: Config, run_dir: Path, settings: Any, *, resume: bool, keep_sets: bool = False, as_json: bool = False
 ) -> dict[str, Any]:
     """Cross-validate in ``run_dir`` (see ``train.crossval.Settings``), write the page, print the outcome and return it."""
-    from medtl_dist.cli.train import _run_one, _with_absolute_paths
+    from medtl_dist.cli.train import run_one, with_absolute_paths
     from medtl_dist.report.crossval_page import build_crossval_page
     from medtl_dist.train.crossval import check_crossval, cross_validate, one_after_another
     from medtl_dist.train.run_folder import opened_run_folder
 
     def train_one(fold: Config, folder: Path, open_test: bool) -> dict[str, Any]:
-        return _run_one(fold, folder, resume=True, test=open_test)[0]
+        return run_one(fold, folder, resume=True, test=open_test)[0]
 
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     check_crossval(config, settings)
     with opened_run_folder(run_dir, config, resume=resume) as folder:
         outcome = cross_validate(

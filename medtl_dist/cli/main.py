@@ -25,6 +25,7 @@ from medtl_dist.cli.report import report
 from medtl_dist.cli.runs import app as runs_app
 from medtl_dist.cli.status import status
 from medtl_dist.cli.train import evaluate, train
+from medtl_dist.cli.tune import tune
 from medtl_dist.cli.verify import index, verify
 from medtl_dist.errors import MedtlError
 
@@ -47,6 +48,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(submit_app, name="submit")
 app.add_typer(cluster_app, name="cluster")
 app.command()(train)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(compare)

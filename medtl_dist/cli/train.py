@@ -78,7 +78,7 @@ def run_train(
     from medtl_dist.store_folder import folder_at
     from medtl_dist.train.session import check_inputs
 
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     place = parse_place(run_dir)
     run_dir = place.url if place.remote else Path(place.url)
     folder_at(run_dir)
@@ -87,7 +87,7 @@ def run_train(
     if config.transfer.stages and isinstance(run_dir, Path):
         return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
-    outcome, report_path, done = _run_one(config, run_dir, resume=resume, test=test, max_gpu_hours=max_gpu_hours)
+    outcome, report_path, done = run_one(config, run_dir, resume=resume, test=test, max_gpu_hours=max_gpu_hours)
     if as_json:
         typer.echo(json.dumps(outcome))
     else:
@@ -97,7 +97,7 @@ def run_train(
     return outcome
 
 
-def _run_one(
+def run_one(
     config: Config, run_dir: Path | str, *, resume: bool, test: bool, max_gpu_hours: float | None = None
 ) -> tuple[dict[str, Any], str, bool]:
     """One training with its report: its results, the report, and whether it had finished before."""
@@ -131,7 +131,7 @@ def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_js
     from medtl_dist.train.run_folder import opened_run_folder
 
     def train_one(stage: Config, folder: Path, open_test: bool) -> dict[str, Any]:
-        outcome, report_path, done = _run_one(stage, folder, resume=True, test=open_test)
+        outcome, report_path, done = run_one(stage, folder, resume=True, test=open_test)
         if done:
             say(f"{folder} had already finished.")
         if not as_json:
@@ -272,7 +272,7 @@ def describe_size(entry: dict[str, Any]) -> str:
     return f"{entry['n']} {what}"
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """Workers run in another folder: every path is made absolute here, those of the stages too."""
     tree = config.model_dump(mode="json")
     for part in (tree, *tree["transfer"]["stages"]):

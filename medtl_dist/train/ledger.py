@@ -61,8 +61,10 @@ def count_openings_in_store(run: StoreFolder, dataset_sha256: str) -> dict[str, 
 
 
 def _ledger_of(run_folder: Path) -> Path:
-    """Beside the run; beside the whole chain where the run is a part of one, so that all openings add up."""
+    """Beside the run; beside the whole chain or sweep where the run is a part of one, so that all openings add up."""
     whole = run_folder
+    if whole.parent.name == "winner" and (whole.parents[1] / "space.yaml").is_file():
+        return whole.parents[2] / LEDGER
     if whole.parent.name == "stages":
         whole = whole.parents[1]
     elif whole.name == "alone" and whole.parents[1].name == "seeds":

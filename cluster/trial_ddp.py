@@ -1,0 +1,116 @@
+"""one trial on several Ray Train workers: its rank 0 talks to the sweep's driver, and nothing of it outlives the sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster.ray_run import RayRun
+from cluster.trial_run import ending
+from medtl_dist import collectives
+from medtl_dist.config import validate
+from medtl_dist.errors import BY_NAME, MedtlError
+from medtl_dist.run import Folder, Signal
+from medtl_dist.train.loop import fit
+from medtl_dist.train.warm import Warm
+
+
+@dataclass
+class DdpTrialRun(RayRun):
+    """A rank of a trial. Rank 0 hands each epoch to the trial's actor and asks it whether to stop; the ranks agree."""
+
+    trial: Any = None
+
+    def report(self, metrics: Mapping[str, float | int | None]) -> None:
+        super().report(metrics)
+        if self.rank == 0:
+            ray.get(self.trial.post.remote(dict(metrics)))
+
+    def poll(self) -> Signal:
+        asked: Any = self.rank == 0 and ray.get(self.trial.asked.remote())
+        return Signal(max(int(super().poll()), collectives.largest(int(asked))))
+
+
+def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
+    """As :func:`cluster.trial_run.train_trial`, on the config's workers. ``trial``: handle of the actor that this runs in."""
+
+    def train(folder: Folder) -> None:
+        config = validate(payload["config"])
+        use_gpu = payload["gpus_per_worker"] > 0
+        storage = Path(payload["folder"]) / ".ray"
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"trial": trial}
+            | {key: payload[key] for key in ("config", "folder", "warm_options", "num_sharing")},
+            scaling_config=ScalingConfig(
+                num_workers=config.cluster.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": config.cluster.cpus_per_worker}
+                | ({"GPU": payload["gpus_per_worker"]} if use_gpu else {}),
+            ),
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s
+            ),
+            run_config=RunConfig(
+                # Of the trial, and new for each attempt: Ray has nothing to resume from.
+                name=f"trial-{Path(payload['folder']).name}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
+        try:
+            status = trainer.fit().return_value
+        except TrainingFailedError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+            raise RuntimeError(f"its workers' restarts are used up: {lines[-1][:200]}") from None
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+        if isinstance(status, dict) and status.get("error"):
+            raise BY_NAME.get(status["error"], MedtlError)(status["message"])
+
+    return ending(payload, train)
+
+
+def work(payload: dict[str, Any]) -> dict[str, str]:
+    """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
+    run = DdpTrialRun(Folder.local(payload["folder"]), trial=payload["trial"])
+    warm = Warm(**payload["warm_options"])
+    warm.cache_trials = payload["num_sharing"]
+    try:
+        fit(validate(payload["config"]), run, warm=warm)
+    except MedtlError as error:
+        return {"error": type(error).__name__, "message": error.message}
+    return {"error": "", "message": ""}
+
+
+def leftover_groups() -> list[str]:
+    """Ids of this job's placement groups that are still there."""
+    from ray.util.state import list_placement_groups
+
+    job = ray.get_runtime_context().get_job_id()
+    found: Any = list_placement_groups(
+        filters=[("creator_job_id", "=", job)], limit=10_000, raise_on_missing_output=False
+    )
+    return [group.placement_group_id for group in found if group.state != "REMOVED"]
+
+
+def remove_leftover_groups() -> None:
+    """Remove what a trial that died could not: its placement groups would hold their CPUs until the cluster ends."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(
+        Exception
+    ):  # without the State API there is nothing to ask; the cluster's end removes them too
+        for group in leftover_groups():
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))

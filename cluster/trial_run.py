@@ -1,0 +1,115 @@
+"""one trial in one warm process: the core's question "who am I?" answered, its epochs handed to the driver, its end told.
+
+No Ray here: an actor passes the calls on (``cluster.trial_workers``), so a test can drive a trial from a thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medtl_dist.config import validate
+from medtl_dist.errors import Interrupted, MedtlError
+from medtl_dist.run import Folder, Signal
+from medtl_dist.train.loop import fit
+from medtl_dist.train.run_folder import opened_run_folder
+from medtl_dist.train.status import status_of
+from medtl_dist.train.warm import Warm
+
+_PREDECESSOR_S = 60.0  # a killed driver's workers are gone long before
+
+
+class Exchange:
+    """A training thread and its driver take turns: the training waits after each epoch until the driver has decided."""
+
+    def __init__(self) -> None:
+        self.stop_asked = threading.Event()
+        self._news: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._decisions: queue.Queue[bool] = queue.Queue()
+        self._turn = threading.Lock()
+
+    def say(self, row: Mapping[str, Any]) -> None:
+        """From the training: an epoch's numbers; returns once the driver has decided."""
+        with self._turn:
+            self._news.put({"kind": "epoch", "row": dict(row)})
+            if self._decisions.get():
+                self.stop_asked.set()
+
+    def finish(self, end: Mapping[str, Any]) -> None:
+        """From the training: the last thing it says."""
+        self._news.put({"kind": "end", **end})
+
+    def next(self) -> dict[str, Any]:
+        """From the driver: the next news, waited for."""
+        return self._news.get()
+
+    def decide(self, stop: bool) -> None:
+        """From the driver: its answer to the last epoch."""
+        self._decisions.put(stop)
+
+
+@dataclass
+class TrialRun:
+    """A :class:`medtl_dist.run.Run` of one process that answers to a sweep's driver."""
+
+    folder: Folder
+    exchange: Exchange
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    def report(self, metrics: Mapping[str, float | int | None]) -> None:
+        self.exchange.say(metrics)
+
+    def poll(self) -> Signal:
+        return Signal.CHECKPOINT_AND_STOP if self.exchange.stop_asked.is_set() else Signal.GO_ON
+
+
+def train_trial(payload: Mapping[str, Any], exchange: Exchange, warm: Warm) -> dict[str, Any]:
+    """Train a trial in its run folder, or go on there, and say how it ended. Never raises an ordinary exception.
+
+    ``state``: finished; stopped (as asked, after a checkpoint); failed (``message``: hopeless, the same would happen again);
+    crashed (``message``: worth another try).
+    """
+    return ending(payload, lambda folder: fit(validate(payload["config"]), TrialRun(folder, exchange), warm=warm))
+
+
+def ending(payload: Mapping[str, Any], train: Callable[[Folder], None]) -> dict[str, Any]:
+    """``train`` in the trial's run folder, under its lock, and its end as plain values."""
+    path = Path(payload["folder"])
+    try:
+        _wait_for_predecessor(path)
+        with opened_run_folder(path, validate(payload["config"]), resume=True):
+            folder = Folder.local(path)
+            if not folder.exists("results.json"):
+                train(folder)
+    except Interrupted as error:
+        return {"state": "stopped", "message": error.message}
+    except MedtlError as error:
+        return {"state": "failed", "message": error.message}
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        cause = (str(error).splitlines() or [""])[0][:300]
+        return {
+            "state": "crashed",
+            "message": f"{type(error).__name__}: {cause} ({Path(where.filename).name}, line {where.lineno})",
+        }
+    return {"state": "finished"}
+
+
+def _wait_for_predecessor(folder: Path) -> None:
+    """After a crash of the driver its worker may still be dying: two must not write in one folder."""
+    deadline = time.monotonic() + _PREDECESSOR_S
+    while (folder / "config.yaml").is_file() and time.monotonic() < deadline:
+        if status_of(folder)["state"] != "running":
+            return
+        time.sleep(0.2)
