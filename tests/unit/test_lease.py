@@ -160,7 +160,9 @@ def test_on_disk_the_second_is_refused_at_the_firsts_next_renewal(tmp_path: Path
     assert (row["owner"], row["released"]) == ("process 3", True)
 
 
-def test_a_killed_holders_lease_is_taken_over_when_it_has_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_holders_lease_is_taken_over_when_it_has_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Folder.local(tmp_path)
     place = tmp_path / ".lease" / "00000007"
     place.parent.mkdir()
