@@ -23,11 +23,6 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-NO_REMOTE_RUNS = (
-    "note: this version can't write run folders on object stores yet; use --claim with --store /mnt/… for now"
-)
-
-
 @app.callback()
 def _group() -> None:
     """Run on Kubernetes with KubeRay."""  # keeps `render` a command of its own while there is no second one
@@ -133,8 +128,6 @@ def render(
     )
     text = to_yaml(manifests_of(resolved, target, open_test=test, with_config=not without_config))
     typer.echo(describe(shape, loader_speed, gpu_speed), err=True)
-    if kind == "train" and claim is None:
-        typer.echo(NO_REMOTE_RUNS, err=True)
     if apply:
         hand_to_kubectl(text)
     else:
