@@ -171,4 +171,4 @@ def _label(value: Any, classes: Sequence[str]) -> tuple[int | tuple[int | None, 
     """A row's label and the class names it says."""
     if isinstance(value, list):
         return tuple(value), tuple(name for name, answer in zip(classes, value, strict=True) if answer == 1)
-    return value, classes[value]
+    return int(value), str(classes[value])

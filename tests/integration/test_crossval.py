@@ -158,8 +158,9 @@ def test_the_page_and_the_ensemble_are_complete(done: Path, capsys: pytest.Captu
     assert "<script" not in page
     assert run(["report", str(done)]) == 0
     assert (done / "crossval.html").read_text() == page
+    capsys.readouterr()
     assert run(["status", str(done), "--json"]) == 0
-    status = json.loads(capsys.readouterr().out.splitlines()[-1])
+    status = json.loads(capsys.readouterr().out)
     assert (status["state"], len(status["parts"])) == ("finished", 8)
     members = json.loads((done / "ensemble.json").read_text())["members"]
     assert len(members) == 8

@@ -109,7 +109,8 @@ def test_a_fold_of_one_class_counts_in_nothing_and_is_told() -> None:
 
 def test_images_without_patients_are_called_independent() -> None:
     given = rows(40, 2)
+    given["groups_known"] = False
     given["groups"] = np.concatenate([[f"i{i:02d}" for i in range(80)]] * 2)
-    found = summarise_folds(**(given | {"groups_known": False}))
+    found = summarise_folds(**given)
     assert found["n_groups"] is None
     assert "assumes independent images" in found["ci_method"]

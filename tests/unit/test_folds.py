@@ -45,7 +45,7 @@ def rarest_stratum(rows: Rows) -> dict[str, int]:
     of_patient = {name: {k for g, row in zip(rows.groups, rows.has, strict=True) if g == name for k in np.flatnonzero(row)}
                   for name in set(rows.groups)}  # fmt: skip
     counts = Counter(k for classes in of_patient.values() for k in classes)
-    return {name: min(classes, key=lambda k: (counts[k], k)) for name, classes in of_patient.items()}
+    return {name: int(min(classes, key=lambda k: (counts[k], k))) for name, classes in of_patient.items()}
 
 
 @settings(max_examples=50, deadline=None)
@@ -101,7 +101,7 @@ def test_repeats_deal_anew_even_where_no_two_patients_are_of_one_size() -> None:
 def test_any_two_patients_may_meet() -> None:
     has, _ = class_columns(np.array([0] * 12 + [1] * 12), ["a", "b"])
     folds = [deal_folds([f"p{i:02d}" for i in range(24)], has, 4, seed) for seed in range(60)]
-    meetings = sum((fold[:, None] == fold[None, :]).astype(int) for fold in folds)
+    meetings = np.sum([fold[:, None] == fold[None, :] for fold in folds], axis=0)
     assert meetings.min() > 0
 
 
