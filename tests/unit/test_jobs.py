@@ -545,13 +545,16 @@ def test_a_file_that_is_no_wheel_of_ours_is_refused(tmp_path: Path, wheel: Path)
         job_package.checked_wheel(wheel)
 
 
-def test_the_entrypoint_hands_over_only_after_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_entrypoint_hands_over_only_after_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from medtl_dist.cli import job_entry
 
     _finished(tmp_path / "run")
-    assert job_entry.main([str(tmp_path / "run"), "models"]) == 0
+    monkeypatch.setattr(job_entry, "run", lambda words: {"--version": 0, "--bad": 5}[words[0]])
+    assert job_entry.main([str(tmp_path / "run"), "--version"]) == 0
     assert job_files.unframed(capsys.readouterr().out) is not None
-    assert job_entry.main([str(tmp_path / "run"), "report", str(tmp_path / "none")]) == 2
+    assert job_entry.main([str(tmp_path / "run"), "--bad"]) == 5
     assert job_files.unframed(capsys.readouterr().out) is None
 
 
