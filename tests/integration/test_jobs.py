@@ -46,7 +46,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     assert process.stdout is not None
     line = process.stdout.readline()
     log.seek(0)
-    assert line, log.read()
+    if not line:
+        process.wait(timeout=60)
+        process.stdout.close()
+        with log:
+            pytest.fail(log.read())
     facts = json.loads(line)
     family = _descendants(process.pid)
     yield facts | {"family": family}

@@ -103,11 +103,26 @@ def load_config_text(text: str) -> Config:
 
 
 def test_an_entrypoint_run_by_a_shell_executes_nothing_of_the_values(tmp_path: Path) -> None:
-    store = f"{tmp_path}/$(touch {tmp_path.name})`touch b`;touch c;'\"&|><* x"
-    words = shlex.join(["printf", "%s\\n", *planned("train", _config(), name="r", store=store).command])
-    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)  # noqa: S602
-    assert done.stdout.splitlines()[3] == f"{store}/runs/r"
-    assert list(tmp_path.iterdir()) == []
+    programs, folder = tmp_path / "bin", tmp_path / "cwd"
+    programs.mkdir()
+    folder.mkdir()
+    (programs / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (programs / "python").chmod(0o700)
+    store = f"{folder}/$(touch a)`touch b`;touch c;'\"&|><* x"
+    submission = planned("train", _config(), name="r", store=store)
+    environment = {"PATH": f"{programs}:/usr/bin:/bin"}
+    done = subprocess.run(  # noqa: S602 (as Ray runs it)
+        submission.entrypoint,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == submission.command[1:]
+    assert f"{store}/runs/r" in submission.command
+    assert list(folder.iterdir()) == []
 
 
 def test_relative_paths_lie_in_the_store_and_the_cluster_is_the_jobs_own() -> None:
@@ -389,6 +404,9 @@ def test_a_damaged_or_foreign_block_is_refused(tmp_path: Path) -> None:
     assert job_files.unframed("no block") is None
     head, body, tail = block.split("\n", 2)
     flipped = body[:50] + ("A" if body[50] != "A" else "B") + body[51:]
+    digest = head.split("sha256=")[1][:64]
+    with pytest.raises(DataError, match="damaged"):
+        job_files.unframed(block.replace(digest, digest[::-1]))
     for broken in ("\n".join((head, flipped, tail)), "\n".join((head, body[:-8], tail))):
         with pytest.raises(DataError, match="damaged"):
             job_files.unframed(broken)
@@ -527,13 +545,16 @@ def test_a_file_that_is_no_wheel_of_ours_is_refused(tmp_path: Path, wheel: Path)
         job_package.checked_wheel(wheel)
 
 
-def test_the_entrypoint_hands_over_only_after_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_entrypoint_hands_over_only_after_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from medtl_dist.cli import job_entry
 
     _finished(tmp_path / "run")
-    assert job_entry.main([str(tmp_path / "run"), "models"]) == 0
+    monkeypatch.setattr(job_entry, "run", lambda words: {"--version": 0, "--bad": 5}[words[0]])
+    assert job_entry.main([str(tmp_path / "run"), "--version"]) == 0
     assert job_files.unframed(capsys.readouterr().out) is not None
-    assert job_entry.main([str(tmp_path / "run"), "report", str(tmp_path / "none")]) == 2
+    assert job_entry.main([str(tmp_path / "run"), "--bad"]) == 5
     assert job_files.unframed(capsys.readouterr().out) is None
 
 
