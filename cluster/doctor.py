@@ -238,11 +238,16 @@ def probe_step(config: Config) -> dict[str, Any]:
             try:
                 session.network.model.train()
                 batch = next(train_stream(session))
-                loss = float(train_step(session, batch, losses.loss_weight(batch.labels, session.class_weights)))
+                loss, _ = train_step(session, batch, losses.loss_weight(batch.labels, session.class_weights))
             finally:
                 session.loader.close()
                 session.journal.close()
-        return {"error": None, "loss": loss, "seconds": time.monotonic() - began, "device": str(session.run.device)}
+        return {
+            "error": None,
+            "loss": float(loss),
+            "seconds": time.monotonic() - began,
+            "device": str(session.run.device),
+        }
     except MedtlError as error:
         return {"error": error.message, "exit_code": error.exit_code}
 

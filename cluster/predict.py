@@ -83,7 +83,7 @@ class _Layout:
 def _layout(config: Config, resources: dict[str, Any], num_actors: int | None, num_parts: int) -> _Layout:
     """How many models at once, and with what each. Raises UserError: more than the cluster can hold would wait for ever."""
     cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    use_gpu = gpus > 0 if config.cluster.use_gpu is None else config.cluster.use_gpu
+    use_gpu = gpus > 0 if config.cluster.use_gpu is None else bool(config.cluster.use_gpu)
     per_actor = config.cluster.cpus_per_worker
     room = min(int(cpus // per_actor), gpus if use_gpu else int(cpus // per_actor))
     if room < 1 or (num_actors or 1) > room:

@@ -101,7 +101,7 @@ def measured_epoch_s(config: Config) -> float:
             for _ in range(min(1 + _STEPS, session.plan.num_steps)):
                 began = time.perf_counter()
                 batch = next(stream)
-                loss = train_step(session, batch, losses.loss_weight(batch.labels, session.class_weights))
+                loss, _ = train_step(session, batch, losses.loss_weight(batch.labels, session.class_weights))
                 float(loss)
                 seconds.append(time.perf_counter() - began)
                 images = batch.images

@@ -48,9 +48,11 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
         config = validate(payload["config"])
         use_gpu = payload["gpus_per_worker"] > 0
         storage = Path(payload["folder"]) / ".ray"
+        # Of the trial, and new for each attempt: Ray has nothing to resume from.
+        name = f"trial-{Path(payload['folder']).name}-{uuid.uuid4().hex[:8]}"
         trainer = TorchTrainer(
             work,
-            train_loop_config={"trial": trial}
+            train_loop_config={"trial": trial, "attempt": name}
             | {key: payload[key] for key in ("config", "folder", "warm_options", "num_sharing")},
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.num_workers,
@@ -62,8 +64,7 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
                 backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s
             ),
             run_config=RunConfig(
-                # Of the trial, and new for each attempt: Ray has nothing to resume from.
-                name=f"trial-{Path(payload['folder']).name}-{uuid.uuid4().hex[:8]}",
+                name=name,
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
@@ -83,7 +84,7 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
 
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
-    run = DdpTrialRun(Folder.local(payload["folder"]), trial=payload["trial"])
+    run = DdpTrialRun(Folder.local(payload["folder"]), payload["attempt"], trial=payload["trial"])
     warm = Warm(**payload["warm_options"])
     warm.cache_trials = payload["num_sharing"]
     try:

@@ -80,9 +80,9 @@ def _watched():
     step = loop.train_step
 
     def watched(session, batch, weight):
-        loss = step(session, batch, weight)
+        loss, applied = step(session, batch, weight)
         seen.append((float(loss), tuple(batch.keys), batch.at_boundary))
-        return loss
+        return loss, applied
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", watched)

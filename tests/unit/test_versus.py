@@ -42,6 +42,7 @@ def test_the_difference_is_paired_and_clustered(place: Path) -> None:
     assert (found["auc_a"], found["auc_b"]) == pytest.approx(tuple(aucs), abs=1e-12)
     assert found["difference"] == pytest.approx(aucs[1] - aucs[0], abs=1e-12)
     expected = compare_auc(a.label.to_numpy(), a.logit_SICK.to_numpy(), b.logit_SICK.to_numpy(), a.group.to_numpy())
+    assert expected.interval is not None
     assert found["interval"] == pytest.approx((-expected.interval[1], -expected.interval[0])) or found[
         "interval"
     ] == pytest.approx(expected.interval)
