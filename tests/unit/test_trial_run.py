@@ -110,7 +110,7 @@ def test_what_the_same_run_would_do_again_is_told_as_hopeless(shards: str, tmp_p
     with training(small_config(shards, "optim.lr=1e30"), tmp_path / "nan") as exchange:
         _, end = drive(exchange)
     assert end["state"] == "failed"
-    assert "loss is not finite" in end["message"]
+    assert "the loss was not finite in 3 steps in a row" in end["message"]
     with training(small_config(str(tmp_path / "no_set")), tmp_path / "none") as exchange:
         _, end = drive(exchange)
     assert end["state"] == "failed"
