@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from medtl_dist.sections import Tune
+from medtl_dist.sections_cluster import Tune
 
 _NAMES = {"asha": "ASHA", "median": "the median rule"}
 

@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from medtl_dist.errors import ConfigError
-from medtl_dist.sections import Augment, Cluster, Data, Evaluate, Model, Optim, Schedule, Section, Train, Transfer, Tune
+from medtl_dist.sections import Augment, Data, Evaluate, Model, Optim, Schedule, Section, Train, Transfer
+from medtl_dist.sections_cluster import Cluster, Tune
 
 # Where data lies and how it is fetched decides no number: these keys of ``data`` count neither in a run's identity nor in
 # what --resume compares.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.trial_stop import StopRule, stop_rule_of
-from medtl_dist.sections import Tune
+from medtl_dist.sections_cluster import Tune
 
 
 def test_asha_stops_what_is_below_the_rung_s_quantile() -> None:
