@@ -35,6 +35,10 @@ def crossval(
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the folds' shard sets (copies of patients' images) in sets/.")
     ] = False,
+    parallel: Annotated[
+        bool,
+        typer.Option("--parallel", help="Folds at once on Ray, as many as the cluster (or this machine) has room for."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Cross-validate on a shard set's train and val; its test split is never opened.
@@ -45,11 +49,26 @@ def crossval(
 
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     settings = Settings(folds, repeats, epochs_from.value)
-    run_crossval(resolved, run_dir.absolute(), settings, resume=resume, keep_sets=keep_folds, as_json=as_json)
+    run_crossval(
+        resolved,
+        run_dir.absolute(),
+        settings,
+        resume=resume,
+        keep_sets=keep_folds,
+        parallel=parallel,
+        as_json=as_json,
+    )
 
 
 def run_crossval(
-    config: Config, run_dir: Path, settings: Any, *, resume: bool, keep_sets: bool = False, as_json: bool = False
+    config: Config,
+    run_dir: Path,
+    settings: Any,
+    *,
+    resume: bool,
+    keep_sets: bool = False,
+    parallel: bool = False,
+    as_json: bool = False,
 ) -> dict[str, Any]:
     """Cross-validate in ``run_dir`` (see ``train.crossval.Settings``), write the page, print the outcome and return it."""
     from medtl_dist.cli.train import run_one, with_absolute_paths
@@ -63,12 +82,19 @@ def run_crossval(
     config = with_absolute_paths(config)
     check_crossval(config, settings)
     with opened_run_folder(run_dir, config, resume=resume) as folder:
+        if parallel:
+            from cluster.folds import folds_on_ray
+
+            train_folds = folds_on_ray(folder, config)
+        else:
+            train_folds = one_after_another(train_one)
         outcome = cross_validate(
             config,
             folder,
-            one_after_another(train_one),
+            train_folds,
             settings,
             say=lambda text: typer.echo(text, err=True),
+            at_once=settings.folds * settings.repeats if parallel else 1,
             keep_sets=keep_sets,
         )
         page = build_crossval_page(folder)
