@@ -50,7 +50,7 @@ def test_one_command_from_a_space_to_a_page_and_a_retrained_winner(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "sweep.json").read_text())
     assert [row["trial"] for row in found["unranked"]] == [2, 3]
-    assert "the loss is not finite" in found["unranked"][0]["reason"]
+    assert "training has diverged" in found["unranked"][0]["reason"]
     assert "crashed in 2 tries" in found["unranked"][1]["reason"]
     assert "not ranked: trial 2 (failed): the loss is not finite" in done.stdout
     assert sorted(row["trial"] for row in found["ranking"]) == [0, 1]
