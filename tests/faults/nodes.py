@@ -150,6 +150,8 @@ class Machine:
                 for node in self.nodes:
                     node.poll()
                 time.sleep(0.05)
+        for node in self.nodes:
+            node.wait(10)
         left = self.living()
         assert not left, f"left over: {[_title(pid) for pid in left]}"
 
