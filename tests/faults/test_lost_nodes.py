@@ -20,10 +20,10 @@ _AUC_TOLERANCE = 0.05
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Machine]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A head that holds no workers; each test adds its nodes, and loses some."""
-    (tmp_path / "ray").mkdir()
-    with machine(tmp_path / "ray") as started:
+    # Not below tmp_path, which has the test's name in it: Ray's sockets lie there, and their paths are 107 bytes at most.
+    with machine(tmp_path_factory.mktemp("ray")) as started:
         started.start_head(cpus=0)
         yield started
 
