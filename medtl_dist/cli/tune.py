@@ -150,7 +150,10 @@ def _print_plan(sweep: Any, *, as_json: bool) -> None:
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """What ``--dry-run`` prints."""
-    lines = [f"trial {t['number']}: {t['epochs']} epochs; {drawn_of(t['overrides'])}" for t in plan["trials"]]
+    lines = [
+        f"trial {t['number']}: {t['epochs']} epochs; {drawn_of(t['overrides']) or 'the config itself'}"
+        for t in plan["trials"]
+    ]
     if not plan["trials"]:
         lines.append("trials are drawn while the sweep runs (tune.searcher = optuna)")
     resources, at_once = plan["resources"], plan["concurrency"]
