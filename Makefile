@@ -42,8 +42,9 @@ unit: $(STAMP) ## pytest
 test-ray: $(STAMP) ## training, sweeps, jobs and predictions on a local Ray cluster, one at a time
 	$(BIN)/python -m pytest tests/ray
 
+FAULTS ?= tests/faults
 test-faults: $(STAMP) ## processes killed, nodes lost, disks full, on a local Ray cluster of several nodes; needs root for the full disk
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest $(FAULTS)
 
 test-hosts: $(STAMP) ## hosts of their own (network, process and mount namespaces) that lose power; needs root, ip, unshare, nsenter
 	@test "$$(id -u)" = 0 || { echo "make test-hosts needs root: it makes network namespaces"; exit 1; }
