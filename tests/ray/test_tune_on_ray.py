@@ -52,7 +52,7 @@ def test_one_command_from_a_space_to_a_page_and_a_retrained_winner(tmp_path: Pat
     assert [row["trial"] for row in found["unranked"]] == [2, 3]
     assert "training has diverged" in found["unranked"][0]["reason"]
     assert "crashed in 2 tries" in found["unranked"][1]["reason"]
-    assert "not ranked: trial 2 (failed): the loss is not finite" in done.stdout
+    assert "not ranked: trial 2 (failed): the model's score is not a finite number" in done.stdout
     assert sorted(row["trial"] for row in found["ranking"]) == [0, 1]
     assert pq.read_table(folder / "sweep.parquet").num_rows == 4
     assert (folder / "sweep.html").is_file()
