@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -79,8 +80,9 @@ def running_proxy(upstream_port: int) -> Iterator[Proxy]:
             with contextlib.suppress(OSError):
                 held.shutdown(socket.SHUT_RDWR)
             held.close()
+        give_up_at = time.monotonic() + 10  # for all of them: they are daemons, and a busy machine may have dozens
         for thread in (acceptor, *threads):
-            thread.join(10)
+            thread.join(max(0.0, give_up_at - time.monotonic()))
 
 
 def _serve(proxy: Proxy, client: socket.socket, ended: threading.Event, connections: set[socket.socket]) -> None:
