@@ -206,7 +206,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
     ray.init(address="local", num_cpus=threads, log_to_driver=False)
     tuner = tune.Tuner(
-        tune.with_resources(driver, {"CPU": 0}),
+        tune.with_resources(driver, {"CPU": 0.01}),
         param_space={"train_loop_config": tune.grid_search(trials_of(options))},
         tune_config=tune.TuneConfig(metric="auc", mode="max", max_concurrent_trials=max(1, threads // cpus)),
         run_config=tune.RunConfig(storage_path=str(place / "tune"), verbose=0),
