@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.report import charts
-from medtl_dist.report.build import _packaged, _replace
 from medtl_dist.report.crossval_figures import class_table, fold_figure, fold_table, roc_figures
+from medtl_dist.report.page import render_page, write_page
 from medtl_dist.report.record import clean
 from medtl_dist.report.svg import Told
 from medtl_dist.report.wording import decimals, interval, level, millions, moment, plural, typeset
@@ -43,14 +39,7 @@ def build_crossval_page(folder: Path) -> Path:
             f"{folder / RECORD} or config.yaml beside it is damaged ({type(error).__name__}): restore it, or run "
             "`medtl crossval --resume` to write it again"
         ) from None
-    target = folder / PAGE
-    try:
-        _replace(target, page.encode("utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{target} can't be written ({error.strerror}): free space or change the folder's rights"
-        ) from None
-    return target
+    return write_page(folder / PAGE, page)
 
 
 def read_crossval(folder: Path) -> dict[str, Any]:
@@ -72,12 +61,9 @@ def read_crossval(folder: Path) -> dict[str, Any]:
 
 def render(found: Mapping[str, Any], config_yaml: str) -> str:
     """The page, a pure function."""
-    style = _packaged("style.css")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     bounds = tuple(found["auc_ci"]) if found["auc_ci"] else None
-    return _template().render(
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
+    return render_page(
+        "crossval.html",
         run=found["run"],
         lead=_lead(found),
         auc=decimals(found["auc"], missing="undefined"),
@@ -159,11 +145,3 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(per_repeat) > 1:
         rows.insert(2, ("AUC of each repeat", ", ".join(decimals(auc) for auc in per_repeat)))
     return rows
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_packaged("crossval.html"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from medtl_dist.errors import DataError, UserError
-from medtl_dist.report.build import REPORT, _packaged, _replace
+from medtl_dist.errors import DataError
+from medtl_dist.report.build import REPORT
+from medtl_dist.report.page import render_page, write_page
 from medtl_dist.report.record import clean
 from medtl_dist.report.schema import Results
 from medtl_dist.report.tables import class_rows
@@ -35,31 +31,20 @@ def build_external_page(folder: Path) -> Path:
         page = render_external(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}): run medtl evaluate --data again") from None
-    try:
-        _replace(folder / REPORT, page.encode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder / REPORT} can't be written ({error.strerror})") from None
-    return folder / REPORT
+    return write_page(folder / REPORT, page)
 
 
 def render_external(content: dict[str, Any]) -> str:
     """The page of an ``external.json``, a pure function."""
-    style = _packaged("style.css")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     shared = ("task", "classes", "positive_class", "threshold", "data", "test_openings")
     # The page is of one entry; a results.json has val or test beside it, and here that is the same one.
     told = {name: content[name] for name in shared} | {"run": content["run"]}
     results = Results.model_validate(told | {"splits": {"val": content["entry"], _KEY: content["entry"]}})
     classes, class_scale = class_rows(results, _KEY)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    macros = _packaged("template.html").partition("<!DOCTYPE")[0]
-    return environment.from_string(macros + _packaged("external.html")).render(
+    return render_page(
+        "external.html",
         content=content,
         results=results,
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
         view=split_view(results, _KEY),
         beside=beside(content),
         columns=["here", *(f"the run’s {split_name(name)}" for name in content["own"])],

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup
 
-from medtl_dist.errors import DataError, UserError
-from medtl_dist.report.build import _packaged
+from medtl_dist.errors import DataError
 from medtl_dist.report.cautions import Caution
+from medtl_dist.report.page import render_page, write_page
 from medtl_dist.report.sweep_charts import shown
 from medtl_dist.report.sweep_figures import cache_table, depth_name, figures, parallel, stops_table
 from medtl_dist.report.wording import MISSING, count, decimals, duration, interval, plural, typeset
 from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.sweep.summary import SUMMARY, read_summary
-from medtl_dist.sweep.table import read_table, replace_file
+from medtl_dist.sweep.table import read_table
 
 PAGE = "sweep.html"
 _HEAD = ["Rank", "AUC", "95% interval", "Behind the best", "Frozen", "Best epoch", "Time", "State"]
@@ -66,24 +61,15 @@ def build_sweep_page(folder: Path) -> Path:
         raise DataError(
             f"{folder / SUMMARY}: damaged, or not of the sweep beside it; the sweep writes it again: medtl tune --resume"
         ) from None
-    target = folder / PAGE
-    try:
-        replace_file(target, page.encode("utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{target} can't be written ({error.strerror}): free space or change the folder's rights"
-        ) from error
-    return target
+    return write_page(folder / PAGE, page)
 
 
 def render(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
     """The page, a pure function."""
-    style = _packaged("style.css") + _packaged("sweep.css")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     knobs = _varying(content)
-    return _template().render(
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
+    return render_page(
+        "sweep.html",
+        "sweep.css",
         name=content["sweep"],
         lead=_lead(content),
         sentence=_sentence(content),
@@ -102,14 +88,6 @@ def render(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         importance_missing=content["importance"]["reason"],
         facts=_facts(content),
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_packaged("sweep.html"))
 
 
 def _lead(content: Mapping[str, Any]) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from medtl_dist.errors import DataError
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.importance import importance
 from medtl_dist.sweep.knobs import knobs_of, look_up, read_plain
 from medtl_dist.sweep.optimism import Optimism, optimism
 from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.sweep.ranking import Gap, Ranking, rank
 from medtl_dist.sweep.scores import Scores, read_scores
-from medtl_dist.sweep.table import replace_file, write_table
+from medtl_dist.sweep.table import write_table
 
 SUMMARY = "sweep.json"
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ def write_sweep(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     ranking = rank(outcomes, scores)
     write_table(folder, outcomes, ranking)
     content = _content(folder, outcomes, ranking, scores)
-    replace_file(folder / SUMMARY, json.dumps(content, indent=1, allow_nan=False).encode())
+    Folder.local(folder).write(SUMMARY, json.dumps(content, indent=1, allow_nan=False).encode())
     return content
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medtl_dist.errors import DataError
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Epoch, Outcome, State
 from medtl_dist.sweep.ranking import Ranking
 
@@ -34,19 +34,8 @@ def write_table(folder: Path, outcomes: Sequence[Outcome], ranking: Ranking | No
     sink = io.BytesIO()
     pq.write_table(_table(outcomes, ranking), sink)
     target = folder / TABLE
-    replace_file(target, sink.getvalue())
+    Folder.local(target.parent).write(target.name, sink.getvalue())
     return target
-
-
-def replace_file(target: Path, content: bytes) -> None:
-    """Put ``content`` at ``target`` in one step. Raises OSError."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _table(outcomes: Sequence[Outcome], ranking: Ranking | None) -> pa.Table:
