@@ -194,7 +194,7 @@ def test_a_damaged_tar_of_the_same_length_is_read_alike_or_refused(packed: Path)
 @pytest.mark.parametrize("file", ["train-000000.tar", "index.parquet"])
 def test_a_forged_set_gives_samples_or_an_error_and_never_a_crash(packed: Path, file: str) -> None:
     """Lengths and checksums agree with the damage, as where someone made it on purpose."""
-    whole = (packed / file).read_bytes()
+    whole, promised = (packed / file).read_bytes(), len(everything(open_dataset(packed)))
 
     @fuzz
     @given(changes)
@@ -202,7 +202,8 @@ def test_a_forged_set_gives_samples_or_an_error_and_never_a_crash(packed: Path, 
         with copy_of(packed) as folder:
             (folder / file).write_bytes(changed(whole, todo))
             agree(folder, file)
-            outcome(folder)
+            found = outcome(folder)
+            assert found is None or len(found) == promised  # all of them or none, never some
             with contextlib.suppress(MedtlError):  # dataset.json says where the footer lies: another length belies it
                 verify(folder, 1)
 
