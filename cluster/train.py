@@ -27,6 +27,7 @@ from cluster.shared_folder import check_shared
 from medtl_dist.config import Config, validate
 from medtl_dist.errors import BY_NAME, Interrupted, MedtlError, TrainingError, UserError
 from medtl_dist.run import Folder
+from medtl_dist.storage import given_up
 from medtl_dist.store_folder import StoreFolder, folder_at
 from medtl_dist.train.budget import budgeted
 from medtl_dist.train.lease import fenced
@@ -93,6 +94,7 @@ class Attempt:
         except RayError as error:  # the control service itself is gone
             raise _lost(error) from None
         finally:
+            given_up(fitting)  # where it is still in Ray's hands, ending as usual crashes: the exit code would be lost
             with suppress(OSError, MedtlError):
                 self._folder.delete_tree(".ray")  # Ray's own bookkeeping; nothing of ours is in it
         if isinstance(self._outcome, TrainingFailedError):

@@ -287,12 +287,17 @@ def bounded(act: Callable[[], T], timeout_s: float) -> T:
         return results[0]
     if errors:
         raise errors[0]
-    _stuck.append(thread)
+    given_up(thread)
     raise Transient(f"no answer within {timeout_s:.0f} s")
 
 
+def given_up(thread: threading.Thread) -> None:
+    """Nobody waits for this thread any more: where it still hangs, the process ends without the clean-up that it would break."""
+    _stuck.append(thread)
+
+
 def leave(code: int) -> NoReturn:
-    """End this process, at once where a call given up still hangs: Arrow's clean-up would wait for it."""
+    """End this process, at once where a thread given up still hangs: Arrow's clean-up would wait for it, Ray's crash."""
     leave_if_stuck(code)
     sys.exit(code)
 

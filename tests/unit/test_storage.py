@@ -203,3 +203,11 @@ def test_a_call_that_hangs_is_given_up_and_does_not_keep_the_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (75, "given up\n", "")
+
+
+def test_a_thread_that_was_given_up_is_not_waited_for_and_the_exit_code_stays() -> None:
+    code = (
+        "import threading; from medtl_dist import storage;"
+        "t = threading.Thread(target=threading.Event().wait); t.start(); storage.given_up(t); storage.leave(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 75
