@@ -1,7 +1,5 @@
 """Training over three hosts that lose workers, power, cables and their head: each time bit-equal to an undisturbed run.
 
-Not yet run to its end: the harness was (addresses, cut cables, power), the trainings were not.
-
 Plain Ray Train, measured on such hosts for the same faults: worker SIGKILL 23 s, node loss with replacement 40 s, link down
 113 s, drain 23 s.
 """
