@@ -185,7 +185,7 @@ def counted(remove=ddp.remove_leftover_groups):
 ddp.remove_leftover_groups = counted
 specs = [TrialSpec(n, {"optim.lr": lr}, config(lr)) for n, lr in enumerate([0.03, 0.01, 0.001])]
 rule = stop_rule_of(specs[0].config.tune, 3)
-outcomes = run_trials(Path(folder), specs, specs[0].config, stop_rule=rule)
+outcomes = run_trials(Path(folder), specs, specs[0].config, stop_rule=rule, warm_options={"keep_epoch_scores": True})
 print(json.dumps([[o.state, len(o.curve), o.reason] for o in outcomes]))
 """
 

@@ -70,8 +70,20 @@ def test_raw_files_of_a_table_score_as_their_packed_selves_to_the_bit(place: Pat
     np.testing.assert_allclose(scores.score_SICK, 1 / (1 + np.exp(-scores.logit_SICK)), rtol=1e-12)
     fixed = json.loads((place / "run" / "results.json").read_text())["threshold"]["logit"]
     assert scores.predicted.tolist() == ["SICK" if one >= fixed else "NORMAL" for one in scores.logit_SICK]
-    assert set(scores.predicted) == {"NORMAL", "SICK"}
     assert sorted(os.listdir(tmp_path)) == ["scores.parquet"]  # nothing else is left
+
+
+def test_the_threshold_of_the_run_decides_what_is_predicted(place: Path, tmp_path: Path) -> None:
+    """With a threshold in the midst of the scores, for how far one epoch gets differs between processors."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    results = json.loads((run / "results.json").read_text())
+    before, _ = _predict(place, place / "images", tmp_path / "before.parquet", run=run)
+    results["threshold"]["logit"] = fixed = float(np.sort(before.logit_SICK)[24])
+    (run / "results.json").write_text(json.dumps(results))
+    scores, _ = _predict(place, place / "images", tmp_path / "after.parquet", run=run)
+    assert scores.predicted.tolist() == ["SICK" if one >= fixed else "NORMAL" for one in scores.logit_SICK]
+    assert scores.predicted.value_counts().to_dict() == {"SICK": 24, "NORMAL": 24}
 
 
 def test_a_folder_one_image_and_the_packed_set_score_the_same(place: Path, tmp_path: Path) -> None:
