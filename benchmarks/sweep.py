@@ -44,7 +44,10 @@ def main() -> None:
         if options.data is None:
             options.data = made_up_set(work)
         export(Path(options.data), work / "folders")
-        rows = [measured(side, options, work) for side in options.sides.split(",")]
+        rows = []
+        for side in options.sides.split(","):
+            rows.append(measured(side, options, work))
+            print(f"{side}: {rows[-1]['whole_s']:.1f} s", file=sys.stderr, flush=True)
     report(rows, options)
 
 
