@@ -122,9 +122,10 @@ def drive(desk: Desk, crew: Crew, *, told_to_stop: Callable[[], bool], tick: Cal
             for slot in busy:
                 if slot.news in ready:
                     _take_news(desk, slot)
+            _end_silent(desk, slots)
+            tick()  # a crash is told before its next try begins
             if not stopping:
                 _fill(desk, crew, slots)
-            tick()
     finally:
         for slot in slots:
             _end(slot)
@@ -165,6 +166,14 @@ def _take_news(desk: Desk, slot: _Slot) -> None:
         slot.number = slot.news = None
     else:  # after a crash nobody knows what the process still holds
         _end(slot)
+
+
+def _end_silent(desk: Desk, slots: list[_Slot]) -> None:
+    """A process that hangs does not die by itself, and its trial would never end."""
+    for number in desk.silent():
+        slot = next(slot for slot in slots if slot.number == number)
+        _end(slot)
+        desk.lost(number, "no sign of life for longer than tune.silence_timeout_s allows, so its process was ended")
 
 
 def _end(slot: _Slot) -> None:

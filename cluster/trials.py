@@ -92,7 +92,7 @@ def run_trials(
     def desk_for(reserved: Reserved) -> Desk:
         return Desk(
             folder, trials, reserved=reserved, stages=stages, max_failures=base.tune.max_trial_failures,
-            rule=stop_rule, propose=propose,
+            rule=stop_rule, propose=propose, silence_s=base.tune.silence_timeout_s,
         )  # fmt: skip
 
     if propose is None and all(read_trial(folder, spec).ended for spec in trials):

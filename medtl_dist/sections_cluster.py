@@ -30,6 +30,11 @@ class Tune(Section):
     max_trial_failures: Annotated[int, Field(ge=0)] = Field(
         default=1, description="Further tries of a trial that crashed, each from its last checkpoint."
     )
+    silence_timeout_s: PositiveInt | None = Field(
+        default=7200,
+        description="A trial without a sign of life (a step, a line of its log) for so long counts as crashed; let it be longer "
+        "than scoring val once; null: wait for ever.",
+    )
     prefix_cache: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Keep the frozen stages' outputs for all trials that share them; decides storage only, never a number.",
