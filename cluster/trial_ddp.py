@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cluster.node_cache import on_this_node
 from cluster.ray_run import RayRun
 from cluster.trial_run import BEAT_EVERY_S, ending
 from cluster.trial_state import beat
@@ -91,9 +92,9 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
     run = DdpTrialRun(Folder.local(payload["folder"]), payload["attempt"], trial=payload["trial"])
-    warm = Warm(**payload["warm_options"])
-    warm.cache_trials = payload["num_sharing"]
     try:
+        warm = Warm(**on_this_node(payload["warm_options"]))
+        warm.cache_trials = payload["num_sharing"]
         fit(validate(payload["config"]), run, warm=warm)
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message}

@@ -12,10 +12,12 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from cluster.node_cache import on_this_node
 from cluster.trial_desk import Desk
 from cluster.trial_queue import prefix_of
 from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import Reserved, Trial, trial_name
+from medtl_dist.errors import UserError
 from medtl_dist.train.warm import Warm
 
 _ROUND_S = 0.5
@@ -28,7 +30,8 @@ class TrialWorker:
     """
 
     def __init__(self, warm_options: Mapping[str, Any]) -> None:
-        self._warm = Warm(**warm_options)
+        self._warm_options = warm_options
+        self._warm: Warm | None = None
         self._exchange = Exchange()
 
     def begin(self, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +44,19 @@ class TrialWorker:
 
                 exchange.finish(train_ddp_trial(payload, this))
             else:
-                self._warm.cache_trials = payload["num_sharing"]
-                exchange.finish(train_trial(payload, exchange, self._warm))
+                exchange.finish(self._train(payload, exchange))
 
         threading.Thread(target=run, name="trial", daemon=True).start()
         return {"kind": "begun"}
+
+    def _train(self, payload: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+        if self._warm is None:
+            try:
+                self._warm = Warm(**on_this_node(self._warm_options))
+            except UserError as error:  # of this node: no trial can be trained here
+                return {"state": "failed", "message": error.message}
+        self._warm.cache_trials = payload["num_sharing"]
+        return train_trial(payload, exchange, self._warm)
 
     def news(self) -> dict[str, Any]:
         return self._exchange.next()
