@@ -20,6 +20,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -85,16 +86,16 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no set after so many seconds")
     given = parser.parse_args()
-    began = time.perf_counter()
+    began, out = time.perf_counter(), cast("Path | None", given.out)
     done: dict[int, dict[str, float]] = {}
-    if given.out is not None and given.out.is_file():
-        done = {int(row["seed"]): row for row in map(json.loads, given.out.read_text().splitlines())}
+    if out is not None and out.is_file():
+        done = {int(row["seed"]): row for row in map(json.loads, out.read_text().splitlines())}
     for seed in range(given.sets):
         if seed in done or time.perf_counter() - began > given.seconds:
             continue
         done[seed] = measured(seed)
-        if given.out is not None:
-            with given.out.open("a") as file:
+        if out is not None:
+            with out.open("a") as file:
                 file.write(json.dumps(done[seed]) + "\n")
     rows = [done[seed] for seed in sorted(done) if seed < given.sets]
     print(

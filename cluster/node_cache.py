@@ -82,19 +82,20 @@ def on_this_node(warm_options: Mapping[str, Any]) -> dict[str, Any]:
 def remove_on_nodes(place: NodeFolder) -> None:
     """Delete it on every living node of the connected cluster; where that fails, say so: it is made from patients' images."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     tasks: list[Any] = []
     for node in ray.nodes():
         if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            there: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             tasks.append(ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(_remove).remote(place))
     done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=_REMOVAL_S)
     failed = len(tasks) - len(done)
     for task in done:
         try:
             ray.get(task)
-        except ray.exceptions.RayError:
+        except RayError:
             failed += 1
     if failed:
         logging.getLogger(__name__).warning(

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.ray
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def _medtl(*arguments: str | Path, script: tuple[str, Path] | None = None) -> subprocess.CompletedProcess[str]:
+def _medtl(*arguments: str | Path, script: tuple[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, against a cluster of its own (token authentication, loopback).
 
     ``script``: Python to run it by, and that script's own argument.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")])
-    by = ["-m", "medtl_dist.cli.main"] if script is None else ["-c", *map(str, script)]
+    by = ["-m", "medtl_dist.cli.main"] if script is None else ["-c", *script]
     command = [sys.executable, *by, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=220)
 
