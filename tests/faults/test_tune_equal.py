@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from drivers import driving, processes_of, trial, until
-from shard_sets import write_set
+from drivers import trial
+from nodes import Command, Machine, wait_for
 
 pytestmark = pytest.mark.ray
 
-_EPOCHS = 6
+_EPOCHS = 5
 # Frozen depth, learning rate, and resamples of an interval that no curve knows of: 0 and 3 are one training under two names.
 _POINTS = [(1, 0.05, 200), (2, 0.01, 200), (1, 0.002, 200), (1, 0.05, 100), (2, 0.05, 200)]
 _SPACE = {
@@ -30,35 +32,44 @@ _SPACE = {
 }
 
 
+@dataclass(frozen=True)
+class Sweeps:
+    """Sweeps that differ in nothing but scheduler and cache, on one cluster."""
+
+    cluster: Machine
+    options: list[str]
+
+    def begin(self, folder: Path, scheduler: str, cache: str, *, resume: bool = False) -> Command:
+        settings = (f"tune.scheduler={scheduler}", f"tune.prefix_cache={cache}")
+        given = [*self.options, *_set(settings), "--sweep-dir", str(folder), *(["--resume"] if resume else [])]
+        return Command([sys.executable, "-m", "medtl_dist.cli.main", *given], self.cluster.environment(), folder)
+
+    def whole(self, folder: Path, scheduler: str, cache: str, *, resume: bool = False) -> Path:
+        code, errors = self.begin(folder, scheduler, cache, resume=resume).finish()
+        assert code == 0, errors
+        return folder
+
+
+def _set(settings: Iterable[str]) -> list[str]:
+    return [part for text in settings for part in ("--set", text)]
+
+
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    place = tmp_path_factory.mktemp("equal")
-    dataset = write_set(place / "set", {"train": [30, 20, 14], "val": [20, 12]})
-    (place / "space.yaml").write_text(json.dumps(_SPACE))
-    given = (
-        f"data.shards={dataset.folder}", "model.backbone=timm/test_resnet", f"train.epochs={_EPOCHS}", "train.threads=1",
-        "augment.views=2", "schedule.name=cosine",
+def sweeps(cluster: Machine, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    space = tmp_path_factory.mktemp("equal") / "space.yaml"
+    space.write_text(json.dumps(_SPACE))
+    settings = (
+        f"cluster.address={cluster.address}", f"data.shards={shards}", "model.backbone=timm/test_resnet",
+        f"train.epochs={_EPOCHS}", "train.threads=1", "augment.views=2", "schedule.name=cosine",
     )  # fmt: skip
-    trials = ["--space", str(place / "space.yaml"), "--num-trials", str(len(_POINTS))]
-    return ["--preset", "smoke", *trials, *(part for text in given for part in ("--set", text))]
+    given = ["tune", "--preset", "smoke", "--space", str(space), "--num-trials", str(len(_POINTS)), *_set(settings)]
+    return Sweeps(cluster, given)
 
 
 @pytest.fixture(scope="module")
-def uncached(options: list[str | Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uncached(sweeps: Sweeps, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep that the others have to equal."""
-    return _swept(options, tmp_path_factory.mktemp("uncached") / "sweep", scheduler="none", cache="off")
-
-
-def _settings(scheduler: str, cache: str) -> list[str]:
-    return ["--set", f"tune.scheduler={scheduler}", "--set", f"tune.prefix_cache={cache}"]
-
-
-def _swept(options: list[str | Path], folder: Path, *, scheduler: str, cache: str) -> Path:
-    with driving(*options, *_settings(scheduler, cache), "--sweep-dir", folder) as driver:
-        code, said = driver.end()
-    assert code == 0, said
-    assert until(lambda: not processes_of(driver.mark), "without a process left")
-    return folder
+    return sweeps.whole(tmp_path_factory.mktemp("uncached") / "sweep", "none", "off")
 
 
 def _learnt(folder: Path, number: int) -> list[dict[str, Any]]:
@@ -78,7 +89,8 @@ def _scores(folder: Path, number: int) -> list[bytes]:
 
 
 def _used_cache(folder: Path) -> list[bool]:
-    return [value is not None for value in pq.read_table(folder / "sweep.parquet").column("cached_s").to_pylist()]
+    logs = [folder / "trials" / f"{number:05d}" / "log.jsonl" for number in range(len(_POINTS))]
+    return ["prefix cache on: " in log.read_text() for log in logs]
 
 
 def _assert_same_sweep(one: Path, other: Path) -> None:
@@ -92,36 +104,36 @@ def _assert_same_sweep(one: Path, other: Path) -> None:
     assert _ranking(one) == _ranking(other)
 
 
-def test_with_the_cache_it_is_the_same_sweep(options: list[str | Path], uncached: Path, tmp_path: Path) -> None:
-    cached = _swept(options, tmp_path / "sweep", scheduler="none", cache="on")
+def test_with_the_cache_it_is_the_same_sweep(sweeps: Sweeps, uncached: Path, tmp_path: Path) -> None:
+    cached = sweeps.whole(tmp_path / "sweep", "none", "on")
     assert _used_cache(cached) == [True] * len(_POINTS)
     assert _used_cache(uncached) == [False] * len(_POINTS)
     _assert_same_sweep(cached, uncached)
 
 
-def test_killed_halfway_and_resumed_it_is_the_same_sweep(
-    options: list[str | Path], uncached: Path, tmp_path: Path
-) -> None:
+def test_killed_halfway_and_resumed_it_is_the_same_sweep(sweeps: Sweeps, uncached: Path, tmp_path: Path) -> None:
     folder, every = tmp_path / "sweep", range(len(_POINTS))
-    given = [*options, *_settings("none", "on"), "--sweep-dir", folder]
-    with driving(*given) as driver:
-        until(lambda: any(trial(folder, number)["state"] == "finished" for number in every), "with a finished trial")
-        driver.process.kill()
-        driver.process.communicate()
-    assert until(lambda: not processes_of(driver.mark), "without a process left")
-    ended = {number for number in every if trial(folder, number)["state"] == "finished"}
-    assert 0 < len(ended) < len(_POINTS)
+
+    def ended() -> set[int]:
+        return {number for number in every if trial(folder, number)["state"] == "finished"}
+
+    command = sweeps.begin(folder, "none", "on")
+    wait_for("a finished trial", lambda: ended() or None)
+    command.process.kill()
+    command.process.communicate()
+    assert 0 < len(ended()) < len(_POINTS)
     assert not (folder / "sweep.json").exists()
-    with driving(*given, "--resume") as driver:
-        code, said = driver.end()
-    assert code == 0, said
+    before = {number: trial(folder, number) for number in ended()}
+    sweeps.whole(folder, "none", "on", resume=True)
     _assert_same_sweep(folder, uncached)
+    for number, record in before.items():  # nothing was run again
+        assert trial(folder, number) == record
 
 
 def test_under_asha_equal_trials_have_equal_curves_as_far_as_they_run(
-    options: list[str | Path], uncached: Path, tmp_path: Path
+    sweeps: Sweeps, uncached: Path, tmp_path: Path
 ) -> None:
-    folder = _swept(options, tmp_path / "sweep", scheduler="asha", cache="on")
+    folder = sweeps.whole(tmp_path / "sweep", "asha", "on")
     for number in range(len(_POINTS)):
         curve = _learnt(folder, number)
         assert len(curve) >= 1
