@@ -4,8 +4,8 @@ Run: python benchmarks/crossval_noise.py            (a few minutes on one core; 
 
 A set has 20 images of 8 patients, every pixel drawn at random, and four patients drawn to be sick. `medtl crossval` deals them to
 four folds, trains a small network on each three and scores the fourth: nothing can be learnt, so whatever is not 0.5 on
-average is a leak or a bias of the pooling. Beside it the AUC of raw scores pooled across the folds, the usual
-way: a model leans to the class that its training had more of, which is the one that its own fold has fewer of.
+average is a leak or a bias of the pooling. Beside it the AUC of raw scores pooled across the folds, which compares images by
+the scores of different models.
 
 A set's line is written to --out once it is done, and not computed again: the script can be stopped and run again.
 """

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ class NodeFolder:
             path.parent.parent.mkdir(parents=True, exist_ok=True)
             for place in (path.parent, path):
                 place.mkdir(mode=0o700, exist_ok=True)
-                found = place.lstat()
-                if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                found = place.lstat()  # of a link, not of what it leads to: its mode is 0777
+                if found.st_uid != os.geteuid() or found.st_mode & 0o077:
                     raise UserError(
                         f"prefix cache: {place} is not a folder of this user alone (mode 0700); remove it, name another place "
                         "with tune.prefix_cache_dir, or set tune.prefix_cache=off."
