@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,17 +118,28 @@ class Crew:
         }
 
 
-def drive(desk: Desk, crew: Crew, *, told_to_stop: Callable[[], bool], tick: Callable[[], None]) -> None:
-    """Run what waits at the desk until nothing does, or until told to stop and all that ran have stopped."""
+def drive(
+    desk: Desk,
+    crew: Crew,
+    *,
+    told_to_stop: Callable[[], bool],
+    tick: Callable[[], None],
+    grace_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Run what waits at the desk until nothing does, or until told to stop and all that ran have stopped.
+
+    ``grace_s``: how long the latter is waited for; a trial that has not stopped by then goes on from its last checkpoint.
+    """
     slots = [_Slot() for _ in range(crew.num_slots)]
-    stopping = False
+    stopping, asked_at = False, 0.0
     try:
         _fill(desk, crew, slots)
         tick()
         while busy := [slot for slot in slots if slot.number is not None]:
             ready, _ = ray.wait([slot.news for slot in busy], num_returns=1, timeout=_ROUND_S)
             if told_to_stop() and not stopping:
-                stopping = True
+                stopping, asked_at = True, clock()
                 for slot in busy:
                     slot.actor.ask_stop.remote()
             for slot in busy:
@@ -137,6 +149,8 @@ def drive(desk: Desk, crew: Crew, *, told_to_stop: Callable[[], bool], tick: Cal
             tick()  # a crash is told before its next try begins
             if not stopping:
                 _fill(desk, crew, slots)
+            elif clock() - asked_at > grace_s:
+                break
     finally:
         for slot in slots:
             _end(slot)

@@ -117,6 +117,7 @@ def run_trials(
             Crew(folder, slots, reserved, num_workers, warm_options or {}),
             told_to_stop=stopped,
             tick=lambda: on_news(desk.outcomes()) if on_news is not None else None,
+            grace_s=base.cluster.stop_grace_s,
         )
         if num_workers > 1:
             from cluster.trial_ddp import remove_leftover_groups
