@@ -101,7 +101,7 @@ def test_a_worker_that_hangs_without_dying_costs_one_try(
     options: list[str | Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
-    with driving(*options, "--set", "tune.silence_timeout_s=15", "--sweep-dir", folder) as driver:
+    with driving(*options, "--set", "tune.silence_timeout_s=25", "--sweep-dir", folder) as driver:
         until(lambda: trial(folder, 0)["curve"], "with an epoch")
         workers = [pid for pid, name in processes_of(driver.mark).items() if name.startswith("ray::TrialWorker")]
         os.kill(workers[0], signal.SIGSTOP)
