@@ -28,7 +28,7 @@ _TRAIN_CLOCKS = {
 
 def launch_training(config: Config, run_folder: Path | Folder, *, open_test: bool = False) -> None:
     """Train on Ray; see :func:`cluster.train.train_on_ray` for what it does and raises."""
-    own_cluster = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
+    own_cluster = has_own_cluster(config)
     if (
         own_cluster
         and config.cluster.num_workers * config.cluster.cpus_per_worker > _WORKERS_PER_CPU * available_cpus()
@@ -41,6 +41,11 @@ def launch_training(config: Config, run_folder: Path | Folder, *, open_test: boo
     from cluster.train import train_on_ray  # Ray reads the variables above when it is imported, and not again
 
     train_on_ray(config, run_folder, open_test=open_test)
+
+
+def has_own_cluster(config: Config) -> bool:
+    """Whether a cluster is started on this machine for the command: none is named by the config or ``RAY_ADDRESS``."""
+    return config.cluster.address is None and "RAY_ADDRESS" not in os.environ
 
 
 def set_environment(*, own_cluster: bool) -> None:

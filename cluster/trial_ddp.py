@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cluster.node_cache import on_this_node
 from cluster.ray_run import RayRun
-from cluster.trial_run import ending
+from cluster.trial_run import BEAT_EVERY_S, ending
+from cluster.trial_state import beat
 from medtl_dist import collectives
 from medtl_dist.config import validate
 from medtl_dist.errors import BY_NAME, MedtlError
@@ -30,6 +33,7 @@ class DdpTrialRun(RayRun):
     """A rank of a trial. Rank 0 hands each epoch to the trial's actor and asks it whether to stop; the ranks agree."""
 
     trial: Any = None
+    _beat_at: float = field(default=0.0, repr=False)
 
     def report(self, metrics: Mapping[str, float | int | None]) -> None:
         super().report(metrics)
@@ -37,6 +41,9 @@ class DdpTrialRun(RayRun):
             ray.get(self.trial.post.remote(dict(metrics)))
 
     def poll(self) -> Signal:
+        if self.rank == 0 and time.monotonic() - self._beat_at >= BEAT_EVERY_S:
+            self._beat_at = time.monotonic()
+            beat(self.folder.local_path)
         asked: Any = self.rank == 0 and ray.get(self.trial.asked.remote())
         return Signal(max(int(super().poll()), collectives.largest(int(asked))))
 
@@ -85,9 +92,9 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
 def work(payload: dict[str, Any]) -> dict[str, str]:
     """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
     run = DdpTrialRun(Folder.local(payload["folder"]), payload["attempt"], trial=payload["trial"])
-    warm = Warm(**payload["warm_options"])
-    warm.cache_trials = payload["num_sharing"]
     try:
+        warm = Warm(**on_this_node(payload["warm_options"]))
+        warm.cache_trials = payload["num_sharing"]
         fit(validate(payload["config"]), run, warm=warm)
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message}

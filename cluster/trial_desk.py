@@ -13,12 +13,14 @@ from typing import Any, Protocol
 from cluster.trial_queue import next_of, prefix_of
 from cluster.trial_state import (
     Reserved,
+    Signs,
     Trial,
     TrialSpec,
     epoch_of,
     epochs_logged,
     outcome_of,
     read_trial,
+    signs_of,
     trial_name,
     write_trial,
 )
@@ -31,6 +33,7 @@ Propose = Callable[[list[Outcome]], TrialSpec | None]
 
 # Asking a cache that is not there takes microseconds, opening and checking one that is at least this long.
 _USED_S = 1e-3
+_LOOK_EVERY_S = 30.0
 
 
 class Rule(Protocol):
@@ -45,6 +48,7 @@ class Desk:
     """The trials of one sweep, as their driver sees them.
 
     ``stages``: frozen depth and number of stages of a config. ``max_failures``: further tries of a trial that crashed.
+    ``silence_s``: a running trial without a sign of life for longer is ``silent``; None: no trial ever is.
     """
 
     def __init__(
@@ -57,11 +61,15 @@ class Desk:
         max_failures: int,
         rule: Rule | None = None,
         propose: Propose | None = None,
+        silence_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._reserved, self._stages = folder, reserved, stages
         self._max_failures, self._rule, self._propose, self._clock = max_failures, rule, propose, clock
         self._since: dict[int, float] = {}
+        self._silence_s, self._looked_at = silence_s, self._clock()
+        # Of trials whose worker is there: their last signs of life, and since when there was nothing newer.
+        self._signs: dict[int, tuple[Signs, float]] = {}
         self._told_to_stop: dict[int, str] = {}
         self._stages_of: dict[int, tuple[int, int]] = {}
         self.trials: dict[int, Trial] = {}
@@ -91,6 +99,21 @@ class Desk:
         """All trials by number, those that have not ended too."""
         return [self._outcome(self.trials[number]) for number in sorted(self.trials)]
 
+    def silent(self) -> list[int]:
+        """Running trials that have shown no sign of life for too long: their process is there, and nothing comes of it.
+
+        The trials' folders are looked at now and then only, however often this is asked.
+        """
+        now = self._clock()
+        if self._silence_s is None or now - self._looked_at < min(_LOOK_EVERY_S, self._silence_s / 10):
+            return []
+        self._looked_at = now
+        for number, (known, _) in list(self._signs.items()):
+            signs = signs_of(self._folder / trial_name(number))
+            if signs != known:
+                self._signs[number] = signs, now
+        return [number for number, (_, since) in self._signs.items() if now - since > self._silence_s]
+
     def all_ended(self) -> bool:
         return all(trial.ended for trial in self.trials.values())
 
@@ -109,6 +132,7 @@ class Desk:
     def up(self, number: int) -> None:
         """Its worker is there: the trial's clock starts now, without what a new process costs."""
         self._since[number] = self._clock()
+        self._note_signs(number)
 
     def heard(self, number: int, row: Mapping[str, Any]) -> bool:
         """An epoch has ended; whether the trial is to stop now. It does so after its checkpoint, of its own accord."""
@@ -119,6 +143,7 @@ class Desk:
         trial.curve[int(row["epoch"])] = epoch_of(row, trial.seconds + self._busy(number))
         self._ask_rule(trial, int(row["epoch"]))
         write_trial(self._folder, trial)
+        self._note_signs(number)
         return number in self._told_to_stop
 
     def ended(self, number: int, end: Mapping[str, Any]) -> bool:
@@ -197,7 +222,11 @@ class Desk:
         trial = self.trials[number]
         trial.seconds += self._busy(number)
         self._since.pop(number, None)
+        self._signs.pop(number, None)
         return trial
+
+    def _note_signs(self, number: int) -> None:
+        self._signs[number] = signs_of(self._folder / trial_name(number)), self._clock()
 
     def _busy(self, number: int) -> float:
         return self._clock() - self._since[number] if number in self._since else 0.0

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cluster.trial_state import beat
 from medtl_dist.config import validate
 from medtl_dist.errors import Interrupted, MedtlError
 from medtl_dist.run import Folder, Signal
@@ -24,6 +25,7 @@ from medtl_dist.train.run_folder import opened_run_folder
 from medtl_dist.train.status import status_of
 from medtl_dist.train.warm import Warm
 
+BEAT_EVERY_S = 1.0
 _PREDECESSOR_S = 60.0  # a killed driver's workers are gone long before
 
 
@@ -66,11 +68,15 @@ class TrialRun:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    _beat_at: float = field(default=0.0, repr=False)
 
     def report(self, metrics: Mapping[str, float | int | None]) -> None:
         self.exchange.say(metrics)
 
     def poll(self) -> Signal:
+        if time.monotonic() - self._beat_at >= BEAT_EVERY_S:
+            self._beat_at = time.monotonic()
+            beat(self.folder.local_path)
         return Signal.CHECKPOINT_AND_STOP if self.exchange.stop_asked.is_set() else Signal.GO_ON
 
 

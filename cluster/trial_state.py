@@ -17,6 +17,7 @@ from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Epoch, Outcome, State
 
 TRIAL_FILE = "trial.json"
+_ALIVE_FILE = ".alive"
 _STATES = ("waiting", "running", "finished", "stopped", "failed")
 
 
@@ -114,6 +115,25 @@ def epochs_logged(run_folder: Path) -> list[dict[str, Any]]:
                 if isinstance(row, dict) and row.get("kind") == "epoch":
                     rows[row["epoch"]] = row
     return [rows[epoch] for epoch in sorted(rows)]
+
+
+Signs = tuple[tuple[int, int], ...]
+
+
+def beat(run_folder: Path) -> None:
+    """From the training, now and then: it is alive, though it has nothing to tell."""
+    with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+        (run_folder / _ALIVE_FILE).touch()
+
+
+def signs_of(run_folder: Path) -> Signs:
+    """What a training that goes on changes. Only to be compared with another look: hosts' clocks differ."""
+    found = []
+    for name in (_ALIVE_FILE, "progress.json", "log.jsonl"):
+        with contextlib.suppress(OSError):
+            status = (run_folder / name).stat()
+            found.append((status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def epoch_of(row: Mapping[str, Any], seconds: float) -> Epoch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from cluster.node_cache import on_this_node
 from cluster.trial_desk import Desk
 from cluster.trial_queue import prefix_of
 from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import Reserved, Trial, trial_name
+from medtl_dist.errors import UserError
 from medtl_dist.train.warm import Warm
 
 _ROUND_S = 0.5
@@ -28,7 +31,8 @@ class TrialWorker:
     """
 
     def __init__(self, warm_options: Mapping[str, Any]) -> None:
-        self._warm = Warm(**warm_options)
+        self._warm_options = warm_options
+        self._warm: Warm | None = None
         self._exchange = Exchange()
 
     def begin(self, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +45,19 @@ class TrialWorker:
 
                 exchange.finish(train_ddp_trial(payload, this))
             else:
-                self._warm.cache_trials = payload["num_sharing"]
-                exchange.finish(train_trial(payload, exchange, self._warm))
+                exchange.finish(self._train(payload, exchange))
 
         threading.Thread(target=run, name="trial", daemon=True).start()
         return {"kind": "begun"}
+
+    def _train(self, payload: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+        if self._warm is None:
+            try:
+                self._warm = Warm(**on_this_node(self._warm_options))
+            except UserError as error:  # of this node: no trial can be trained here
+                return {"state": "failed", "message": error.message}
+        self._warm.cache_trials = payload["num_sharing"]
+        return train_trial(payload, exchange, self._warm)
 
     def news(self) -> dict[str, Any]:
         return self._exchange.next()
@@ -106,25 +118,39 @@ class Crew:
         }
 
 
-def drive(desk: Desk, crew: Crew, *, told_to_stop: Callable[[], bool], tick: Callable[[], None]) -> None:
-    """Run what waits at the desk until nothing does, or until told to stop and all that ran have stopped."""
+def drive(
+    desk: Desk,
+    crew: Crew,
+    *,
+    told_to_stop: Callable[[], bool],
+    tick: Callable[[], None],
+    grace_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Run what waits at the desk until nothing does, or until told to stop and all that ran have stopped.
+
+    ``grace_s``: how long the latter is waited for; a trial that has not stopped by then goes on from its last checkpoint.
+    """
     slots = [_Slot() for _ in range(crew.num_slots)]
-    stopping = False
+    stopping, asked_at = False, 0.0
     try:
         _fill(desk, crew, slots)
         tick()
         while busy := [slot for slot in slots if slot.number is not None]:
             ready, _ = ray.wait([slot.news for slot in busy], num_returns=1, timeout=_ROUND_S)
             if told_to_stop() and not stopping:
-                stopping = True
+                stopping, asked_at = True, clock()
                 for slot in busy:
                     slot.actor.ask_stop.remote()
             for slot in busy:
                 if slot.news in ready:
                     _take_news(desk, slot)
+            _end_silent(desk, slots)
+            tick()  # a crash is told before its next try begins
             if not stopping:
                 _fill(desk, crew, slots)
-            tick()
+            elif clock() - asked_at > grace_s:
+                break
     finally:
         for slot in slots:
             _end(slot)
@@ -165,6 +191,14 @@ def _take_news(desk: Desk, slot: _Slot) -> None:
         slot.number = slot.news = None
     else:  # after a crash nobody knows what the process still holds
         _end(slot)
+
+
+def _end_silent(desk: Desk, slots: list[_Slot]) -> None:
+    """A process that hangs does not die by itself, and its trial would never end."""
+    for number in desk.silent():
+        slot = next(slot for slot in slots if slot.number == number)
+        _end(slot)
+        desk.lost(number, "no sign of life for longer than tune.silence_timeout_s allows, so its process was ended")
 
 
 def _end(slot: _Slot) -> None:

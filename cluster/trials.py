@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.launch import set_environment
+from cluster.launch import has_own_cluster, set_environment
 from cluster.trial_desk import Desk, Propose, Rule
 from cluster.trial_state import Reserved, TrialSpec, read_trial
 from medtl_dist.config import Config
@@ -61,6 +60,7 @@ def run_trials(
     propose: Propose | None = None,
     stopped: Callable[[], bool] = lambda: False,
     warm_options: dict[str, Any] | None = None,
+    at_end: Callable[[list[Outcome]], None] | None = None,
 ) -> list[Outcome]:
     """Run each trial's config as an ordinary training in ``folder/trials/NNNNN``; the outcomes of all, by number.
 
@@ -73,13 +73,14 @@ def run_trials(
         on_news: told how all trials stand, after every event and at least every half second.
         propose: asked for one more trial when nothing waits.
         stopped: whether to stop: running trials then stop after a checkpoint, and nothing new begins.
-        warm_options: arguments of the workers' :class:`medtl_dist.train.warm.Warm`.
+        warm_options: arguments of the workers' :class:`medtl_dist.train.warm.Warm`; a ``NodeFolder`` as its ``cache_dir`` is
+            made on each node.
+        at_end: called once no worker is left, while the cluster is still connected.
 
     Raises:
         UserError: no cluster, or no room for even one trial.
     """
-    own_cluster = base.cluster.address is None and "RAY_ADDRESS" not in os.environ
-    set_environment(own_cluster=own_cluster)
+    set_environment(own_cluster=has_own_cluster(base))
     from cluster.train import connected
     from cluster.trial_workers import Crew, drive, slots_on_cluster
     from medtl_dist.models.freezing import resolve_depth
@@ -92,7 +93,7 @@ def run_trials(
     def desk_for(reserved: Reserved) -> Desk:
         return Desk(
             folder, trials, reserved=reserved, stages=stages, max_failures=base.tune.max_trial_failures,
-            rule=stop_rule, propose=propose,
+            rule=stop_rule, propose=propose, silence_s=base.tune.silence_timeout_s,
         )  # fmt: skip
 
     if propose is None and all(read_trial(folder, spec).ended for spec in trials):
@@ -116,11 +117,14 @@ def run_trials(
             Crew(folder, slots, reserved, num_workers, warm_options or {}),
             told_to_stop=stopped,
             tick=lambda: on_news(desk.outcomes()) if on_news is not None else None,
+            grace_s=base.cluster.stop_grace_s,
         )
         if num_workers > 1:
             from cluster.trial_ddp import remove_leftover_groups
 
             remove_leftover_groups()
+        if at_end is not None:
+            at_end(desk.outcomes())
     return desk.outcomes()
 
 

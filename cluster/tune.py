@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import set_environment
+from cluster.launch import has_own_cluster, set_environment
+from cluster.node_cache import NodeFolder, cache_place, remove_on_nodes
 from cluster.sweep_folder import opened_sweep_folder
 from cluster.trial_desk import Propose, waiting_numbers
 from cluster.trial_state import TrialSpec, read_specs, write_specs
@@ -17,10 +18,9 @@ from cluster.trials import Stopped, run_trials, stopping_on_signals
 from medtl_dist.config import Config
 from medtl_dist.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from medtl_dist.sections import Train
+from medtl_dist.sections_cluster import Tune
 from medtl_dist.sweep.outcome import Outcome
 from tune_spaces.space import Space, apply, check, draw, load_space
-
-CACHE_FOLDER = "cache"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def run_sweep(
 
             propose = _announced(proposer(sweep, folder, drawn), on_start)
         on_start(specs)
-        set_environment(own_cluster=sweep.base.cluster.address is None)
+        own_cluster = has_own_cluster(sweep.base)
+        set_environment(own_cluster=own_cluster)
+        cache = cache_place(folder, tune.prefix_cache_dir, own_cluster=own_cluster)
         outcomes = run_trials(
             folder,
             specs,
@@ -133,13 +135,11 @@ def run_sweep(
             on_news=on_news,
             propose=propose,
             stopped=stopped,
-            warm_options=warm_options(sweep.base, folder),
+            warm_options=warm_options(sweep.base, cache),
+            at_end=lambda outcomes: _forget_cache(cache, tune, outcomes, connected=True),
         )
+        _forget_cache(cache, tune, outcomes, connected=False)
         _write_result(folder, outcomes)
-        if not tune.keep_prefix_cache and not waiting_numbers(outcomes):
-            shutil.rmtree(
-                folder / CACHE_FOLDER, ignore_errors=True
-            )  # it is made from patients' images; a sweep that will go on still needs it
     _raise_if_stopped(stopped, outcomes, folder)
     return outcomes
 
@@ -158,12 +158,24 @@ def _write_result(folder: Path, outcomes: list[Outcome]) -> None:
     build_sweep_page(folder)
 
 
-def warm_options(base: Config, folder: Path) -> dict[str, Any]:
+def _forget_cache(cache: Path | NodeFolder, tune: Tune, outcomes: list[Outcome], *, connected: bool) -> None:
+    """Delete the cache, which is made from patients' images, unless it is to be kept, or is needed when the sweep goes on."""
+    if tune.keep_prefix_cache or waiting_numbers(outcomes):
+        return
+    if isinstance(cache, Path):
+        shutil.rmtree(cache, ignore_errors=True)
+    elif connected:
+        remove_on_nodes(cache)
+    else:
+        cache.remove()
+
+
+def warm_options(base: Config, cache: Path | NodeFolder) -> dict[str, Any]:
     """What a sweep's worker processes keep between trials."""
     tune = base.tune
     return {
         "keep_epoch_scores": True,
-        "cache_dir": folder / CACHE_FOLDER,
+        "cache_dir": cache,
         "cache_mode": tune.prefix_cache,
         "cache_limit_mib": tune.prefix_cache_mib,
     }

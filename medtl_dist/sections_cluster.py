@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medtl_dist.sections import PositiveInt, Section
 
@@ -30,6 +30,11 @@ class Tune(Section):
     max_trial_failures: Annotated[int, Field(ge=0)] = Field(
         default=1, description="Further tries of a trial that crashed, each from its last checkpoint."
     )
+    silence_timeout_s: PositiveInt | None = Field(
+        default=7200,
+        description="A trial without a sign of life (a step, a line of its log) for so long counts as crashed; let it be longer "
+        "than scoring val once; null: wait for ever.",
+    )
     prefix_cache: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Keep the frozen stages' outputs for all trials that share them; decides storage only, never a number.",
@@ -37,9 +42,20 @@ class Tune(Section):
     prefix_cache_mib: PositiveInt | None = Field(
         default=None, description="Size limit of that cache on each node; null: half of what is free on its disk."
     )
+    prefix_cache_dir: str | None = Field(
+        default=None,
+        description="Folder on every node's local disk for that cache; null: in the sweep's folder, or, on a cluster that is not "
+        "this machine's own, in each node's temporary folder.",
+    )
     keep_prefix_cache: bool = Field(
         default=False, description="Keep it after the sweep; it is made from patients' images."
     )
+
+    @field_validator("prefix_cache", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: object) -> object:
+        """YAML reads on and off as true and false, on the command line as in a file."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Cluster(Section):

@@ -270,6 +270,9 @@ def _make_absolute(tree: dict[str, Any]) -> None:
     for key in ("ca_bundle", "cache_dir"):
         if data.get(key) is not None:
             data[key] = str(Path(data[key]).expanduser().absolute())
+    tune = tree.get("tune") or {}
+    if tune.get("prefix_cache_dir") is not None:
+        tune["prefix_cache_dir"] = str(Path(tune["prefix_cache_dir"]).expanduser().absolute())
     for key in ("weights", "second_weights"):
         weights = model.get(key, "random")
         if weights not in ("imagenet", "random") and not weights.startswith(FROM_STAGE):

@@ -61,13 +61,14 @@ class Machine:
     def start_head(self, cpus: int) -> subprocess.Popen[bytes]:
         return self._start("--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}")
 
-    def start_node(self, cpus: int, name: str) -> subprocess.Popen[bytes]:
-        """A node with a resource of its name, by which it is known to ``node_id``."""
-        node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", f'--resources={{"{name}": 1}}')
+    def start_node(self, cpus: int, name: str, **environment: str) -> subprocess.Popen[bytes]:
+        """A node with a resource of its name, by which it is known to ``node_id``, and with an environment of its own."""
+        options = (f"--address={self.address}", f"--num-cpus={cpus}", f'--resources={{"{name}": 1}}')
+        node = self._start(*options, **environment)
         wait_for(f"node {name}", lambda: self.node_id(name))
         return node
 
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+    def _start(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
         ray = Path(sys.executable).parent / "ray"
         temp = [f"--temp-dir={self.folder}/ray"] if "--head" in options else []
         command = [
@@ -80,7 +81,9 @@ class Machine:
             "--object-store-memory=100000000",
         ]
         with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
-            node = subprocess.Popen(command, env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            node = subprocess.Popen(
+                command, env=self.environment() | environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
         self.nodes.append(node)
         return node
 

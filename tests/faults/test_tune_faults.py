@@ -2,80 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from drivers import LIMIT_S, MARK, driving, processes_of, trial, until
 from shard_sets import write_set
 
 pytestmark = pytest.mark.ray
 
 _ROOT = Path(__file__).resolve().parents[2]
-_LIMIT_S = 400.0  # of one command; on an idle machine of two cores they take a minute or two
-_MARK = "MEDTL_TEST_MARK"  # in the environment of a command and so of every process that it starts
-
-
-class Driver:
-    """`medtl tune` in a process of its own; every process that it starts can be found by its mark."""
-
-    def __init__(self, *arguments: str | Path) -> None:
-        self.mark = uuid.uuid4().hex
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "medtl_dist.cli.main", "tune", *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | {_MARK: self.mark},
-        )  # fmt: skip
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and what it printed."""
-        out, err = self.process.communicate(timeout=_LIMIT_S)
-        return self.process.returncode, out + err
-
-
-@contextlib.contextmanager
-def driving(*arguments: str | Path) -> Iterator[Driver]:
-    driver = Driver(*arguments)
-    try:
-        yield driver
-    finally:
-        if driver.process.poll() is None:
-            driver.process.kill()
-            driver.process.communicate()
-
-
-def processes_of(mark: str) -> dict[int, str]:
-    """Living processes with the mark in their environment: pid and command."""
-    found: dict[int, str] = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{_MARK}={mark}".encode() in (place / "environ").read_bytes().split(b"\0"):
-                found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return found
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + _LIMIT_S
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"never {what}")
-
-
-def trial(folder: Path, number: int) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "trials" / f"{number:05d}" / "trial.json").read_text())
-    return {"state": "waiting", "curve": []}
 
 
 def result(folder: Path) -> list[tuple[int, float, int]]:
@@ -155,6 +97,23 @@ def test_a_killed_worker_costs_one_try_and_a_second_driver_is_refused(
     assert curves(folder) == curves(undisturbed)
 
 
+def test_a_worker_that_hangs_without_dying_costs_one_try(
+    options: list[str | Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    with driving(*options, "--set", "tune.silence_timeout_s=25", "--sweep-dir", folder) as driver:
+        until(lambda: trial(folder, 0)["curve"], "with an epoch")
+        workers = [pid for pid, name in processes_of(driver.mark).items() if name.startswith("ray::TrialWorker")]
+        os.kill(workers[0], signal.SIGSTOP)
+        code, said = driver.end()
+    assert code == 0, said
+    assert workers[0] not in processes_of(driver.mark)
+    assert "crashed, to be tried again: no sign of life" in said
+    assert sorted(pq.read_table(folder / "sweep.parquet").column("attempts").to_pylist()) == [1, 1, 1, 2]
+    assert result(folder) == result(undisturbed)
+    assert curves(folder) == curves(undisturbed)
+
+
 _DDP = """
 import json, sys
 from pathlib import Path
@@ -194,10 +153,10 @@ def test_a_sweep_of_trials_with_two_ranks_leaves_no_group_and_no_process(tmp_pat
     dataset = write_set(tmp_path / "set", {"train": [11, 9, 6], "val": [9, 5]})
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")]), _MARK: mark}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")]), MARK: mark}
     done = subprocess.run(
         [sys.executable, "-c", _DDP, tmp_path / "sweep", dataset.folder],
-        capture_output=True, text=True, check=False, env=environment, timeout=_LIMIT_S,
+        capture_output=True, text=True, check=False, env=environment, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     counted, outcomes = (json.loads(line) for line in done.stdout.splitlines()[-2:])

@@ -7,11 +7,13 @@ import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from cluster import notices, ray_run
+from cluster import notices, ray_run, trial_ddp
 from cluster.ray_run import RayRun, Why
+from cluster.trial_ddp import DdpTrialRun
 from medtl_dist.config import load_config
 from medtl_dist.errors import ConfigError
 from medtl_dist.run import Folder, Signal
@@ -81,6 +83,21 @@ def test_a_wish_of_the_driver_is_stronger_than_a_reason_to_go_on_elsewhere(aroun
     around.asked, around.preempted, around.others = True, True, Why.TERMINATED
     assert run.poll() is Signal.CHECKPOINT_AND_STOP
     assert run.why is Why.ASKED
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_of_a_trial_says_that_it_is_alive(
+    around: _Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    around.rank = rank
+    monkeypatch.setattr(trial_ddp.ray, "get", lambda asked: False)
+    run, seen = DdpTrialRun(Folder.local(tmp_path), "attempt-1", trial=MagicMock()), []
+    for every_s in (0.0, 1e9, 0.0):
+        monkeypatch.setattr(trial_ddp, "BEAT_EVERY_S", every_s)
+        assert run.poll() is Signal.GO_ON
+        seen.append((tmp_path / ".alive").exists())
+        (tmp_path / ".alive").unlink(missing_ok=True)
+    assert seen == [rank == 0, False, rank == 0]
 
 
 def test_a_worker_notes_its_own_sigterm(around: _Cluster, run: RayRun) -> None:

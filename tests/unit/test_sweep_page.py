@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from example_sweep import write_example, write_trials
 from html_page import Page
 from hypothesis import Phase, given, settings
@@ -196,6 +197,14 @@ def test_a_hostile_sweep_shows_as_text(tmp_path: Path) -> None:
     assert "img" not in page.tags
     assert page.tags.count("style") == 1
     assert HOSTILE in page.text
+
+
+def test_a_value_that_a_shell_would_read_comes_back_as_it_was(tmp_path: Path) -> None:
+    drawn = {"model.weights": "it's $(reboot) `here`; a b.safetensors", "model.frozen_depth": "all", "optim.lr": 1e-3}
+    page = only(tmp_path, [a_trial(0, 0.9, overrides=drawn)])
+    command = next(text for text in page.texts if text.startswith("medtl train"))
+    given = [value.partition("=") for value in shlex.split(command.replace("\\\n", " "))[4:][1::2]]
+    assert {key: yaml.safe_load(value) for key, _, value in given} == drawn
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from shard_sets import write_set
 from tiny_backbone import tiny_registered
 
 from cluster.trial_run import Exchange, TrialRun, train_trial
+from cluster.trial_state import signs_of
 from medtl_dist.config import Config
 from medtl_dist.run import Folder, Run
 from medtl_dist.train.loop import fit
@@ -65,6 +67,18 @@ def test_a_trial_run_answers_the_core_s_question(tmp_path: Path) -> None:
     assert isinstance(run, Run)
     assert (run.rank, run.world_size, run.local_rank) == (0, 1, 0)
     assert isinstance(run.device, torch.device)
+
+
+def test_a_trial_that_is_polled_says_that_it_is_alive_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = TrialRun(Folder.local(tmp_path), Exchange()), []
+    for every_s in (0.0, 1e9, 0.0):
+        monkeypatch.setattr("cluster.trial_run.BEAT_EVERY_S", every_s)
+        run.poll()
+        seen.append(signs_of(tmp_path))
+        os.utime(tmp_path / ".alive", (0, 0))
+    assert [signs[0][0] > 0 for signs in seen] == [True, False, True]
 
 
 def test_a_trial_is_an_ordinary_run_to_the_last_bit(shards: str, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from rich.console import Console
 from shard_sets import write_set
 
+from cluster import sweep_optuna
 from cluster.sweep_folder import opened_sweep_folder
 from cluster.sweep_optuna import proposer
 from cluster.trial_state import read_specs
@@ -134,6 +137,67 @@ def test_optuna_goes_on_where_a_killed_driver_left_it(shards: str, tmp_path: Pat
     (tmp_path / "searcher.json").write_text("{")
     with pytest.raises(DataError, match=r"searcher\.json: damaged"):
         proposer(sweep, tmp_path, read_specs(tmp_path) or [])
+
+
+def test_a_resumed_optuna_knows_what_every_trial_came_to(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 trials with a peak at lr 0.01, a driver for each: the last one's study holds them all, and TPE goes on from them."""
+    pytest.importorskip("optuna")
+    studies: list[Any] = []
+    made = sweep_optuna._study
+    monkeypatch.setattr(sweep_optuna, "_study", lambda seed: studies.append(made(seed)) or studies[-1])
+    space = tmp_path / "mine.yaml"
+    space.write_text(
+        "knobs: [{key: optim.lr, type: log_uniform, low: 1.0e-6, high: 10.0}, "
+        "{key: model.frozen_depth, type: choice, values: [0, 5]}, "
+        "{key: optim.backbone_lr, type: log_uniform, low: 1.0e-5, high: 1.0, when: {model.frozen_depth: [0]}}]"
+    )
+    sweep = sweep_of(smoke(shards, f"tune.space={space}", "tune.searcher=optuna", "tune.num_trials=40"))
+    auc_of = {"finished": lambda lr: 1 - 0.1 * abs(math.log10(lr) + 2), "failed": lambda lr: None}
+
+    def ended(spec: Any) -> Outcome:
+        state: State = "failed" if spec.number == 3 else "finished"
+        return outcome(spec.number, state, [auc_of[state](spec.overrides["optim.lr"])], overrides=spec.overrides)
+
+    def told(study: Any) -> list[tuple[Any, ...]]:
+        return [(trial.params, trial.state.name, trial.value) for trial in study.trials]
+
+    outcomes: list[Outcome] = []
+    for _ in range(14):  # a driver for each trial
+        spec = proposer(sweep, tmp_path, read_specs(tmp_path) or [])(outcomes)
+        assert spec is not None
+        outcomes.append(ended(spec))
+    propose = proposer(sweep, tmp_path, read_specs(tmp_path) or [])
+    spec = propose(outcomes)
+    resumed = studies[-1]
+    assert spec is not None
+    assert [(values, state) for values, state, _ in told(resumed)][14] == (resumed.trials[14].params, "RUNNING")
+    for number, (values, state, value) in enumerate(told(resumed)[:14]):
+        assert values["optim.lr"] == pytest.approx(outcomes[number].overrides["optim.lr"], rel=1e-3)
+        assert ("optim.backbone_lr" in values) == (outcomes[number].overrides["model.frozen_depth"] == 0)
+        best = outcomes[number].best
+        assert (state, value) == (("FAIL", None) if number == 3 else ("COMPLETE", best and best.val_auc))
+    # What it draws next comes of what it was told: had the peak been elsewhere, it would look elsewhere.
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("searcher.json", "trials.json"):
+        rows = json.loads((tmp_path / name).read_text())
+        (other / name).write_text(json.dumps(rows[:14]))
+    again = proposer(sweep, other, read_specs(other) or [])(outcomes)
+    assert again is not None
+    assert again.overrides == spec.overrides  # the same telling, the same draw
+    for name in ("searcher.json", "trials.json"):
+        (other / name).write_text(json.dumps(json.loads((other / name).read_text())[:14]))
+    upside_down = [
+        dataclasses.replace(
+            one, curve=tuple(dataclasses.replace(row, val_auc=1 - (row.val_auc or 0)) for row in one.curve)
+        )
+        for one in outcomes
+    ]
+    elsewhere = proposer(sweep, other, read_specs(other) or [])(upside_down)
+    assert elsewhere is not None
+    assert elsewhere.overrides["optim.lr"] != spec.overrides["optim.lr"]
 
 
 # The folder.
