@@ -18,6 +18,7 @@ from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder, fetched, folder_at
 from medtl_dist.train import checkpoint
+from medtl_dist.train.budget import BUDGET_FILE
 from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
 from medtl_dist.train.run_folder import opened_run_folder, read_config
 from medtl_dist.train.setup import storage_of
@@ -25,7 +26,7 @@ from medtl_dist.train.status import status_of
 
 LEASE_TTL_S = 60.0
 _IGNORED = (".lease", ".ray", "config.yaml")
-_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json")
+_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json", BUDGET_FILE)
 
 
 @contextlib.contextmanager
