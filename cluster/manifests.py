@@ -1,5 +1,6 @@
 """A run's config and a few typed choices → Kubernetes manifests as plain data: ConfigMap, ServiceAccount, NetworkPolicy, and a
-KubeRay RayJob or RayCluster. Never string templates; what reaches a shell holds no character that a shell reads."""
+KubeRay RayJob (a training, or `medtl doctor` where it would run) or RayCluster. Never string templates; what reaches a shell
+holds no character that a shell reads."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import importlib.metadata
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -27,7 +28,8 @@ from medtl_dist.config import Config
 from medtl_dist.data.plan import check_world_size
 from medtl_dist.errors import UserError
 
-JOB, CLUSTER = "train", "cluster"
+JOB, CLUSTER, DOCTOR = "train", "cluster", "doctor"
+DOCTOR_DEADLINE_S = 3600  # nodes may have to be made, and pull the image, before it begins
 HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
 _ADDRESS = re.compile(r"(https?)://[A-Za-z0-9.-]+(?::([0-9]{1,5}))?(?:/|$)")
 _GKE_IDENTITY = "iam.gke.io/gcp-service-account"
@@ -74,9 +76,9 @@ class Target:
             checked_annotations("--spot", {self.spot[0]: self.spot[1]}, as_label=True)
         checked_annotations("--identity", self.identity)
         checked_version(self.ray_version)
-        if self.kind not in (JOB, CLUSTER):
-            raise UserError(f"--kind {self.kind}: expected {JOB} or {CLUSTER}.")
-        if self.kind == JOB and self.store is None:
+        if self.kind not in (JOB, CLUSTER, DOCTOR):
+            raise UserError(f"--kind {self.kind}: expected {JOB}, {CLUSTER} or {DOCTOR}.")
+        if self.kind != CLUSTER and self.store is None:
             raise UserError("--store is missing: where run folders are written, s3://…, gs://… or /mnt/… with --claim.")
         if self.queue is not None and self.shape.elastic:
             raise UserError("--queue with --min-gpus: Kueue admits jobs of a fixed size; leave one of the two out.")
@@ -100,11 +102,16 @@ def render(config: Config, target: Target, *, open_test: bool = False, with_conf
     """The manifests of a run, in the order in which they are applied. ``config`` is adapted by :func:`config_for`.
 
     ``with_config=False`` leaves the ConfigMap to kustomize's generator.
+
+    Of a doctor everything but the RayJob is the run's own, name included: it looks with the run's identity, through its
+    network policy, at its config. An elastic shape is looked at in full size, since the doctor's pods are waited for.
     """
     account, policy = service_account(target), network_policy(target, ports=_ports(config))
     if target.kind == CLUSTER:
         return [account, policy, ray_cluster(target)]
     config_map = [config_map_of(config_for(config, target), target)] if with_config else []
+    if target.kind == DOCTOR:
+        return [account, *config_map, policy, doctor_job(target)]
     return [account, *config_map, policy, ray_job(target, train_command(target, open_test=open_test))]
 
 
@@ -159,6 +166,12 @@ def train_command(target: Target, *, open_test: bool = False) -> list[str]:
     """The job's argv. It resumes by run name: a new run starts, an interrupted one goes on, a finished one ends at once."""
     command = ["medtl", "train", "--config", f"{CONFIG_FOLDER}/config.yaml", "--run-dir", target.run_folder, "--resume"]
     return command + (["--test"] if open_test else [])
+
+
+def doctor_command(target: Target) -> list[str]:
+    """The argv of a look at every node: versions, GPUs, network, clocks, store, shards, and one step of the config."""
+    store = target.store.root if target.store is not None else target.run_folder  # the latter raises
+    return ["medtl", "doctor", "--nodes", "--config", f"{CONFIG_FOLDER}/config.yaml", "--store", store, "--step"]
 
 
 def config_map_of(config: Config, target: Target) -> Tree:
@@ -236,6 +249,15 @@ def ray_job(target: Target, command: list[str]) -> Tree:
             "ttlSecondsAfterFinished": target.keep_s,
         },
     }
+
+
+def doctor_job(target: Target) -> Tree:
+    """`medtl doctor` on a cluster like the run's, once: what it finds is not mended by a new cluster."""
+    whole = replace(target, shape=replace(target.shape, min_pods=target.shape.pods))
+    job = ray_job(whole, doctor_command(target))
+    job["metadata"]["name"] = f"{target.name}-doctor"
+    job["spec"] |= {"activeDeadlineSeconds": min(target.deadline_s, DOCTOR_DEADLINE_S), "backoffLimit": 0}
+    return job
 
 
 def ray_cluster(target: Target) -> Tree:

@@ -10,6 +10,8 @@ EXPORTED = {
     "rank_images_per_s": "Images per second that this rank trained in its last epoch.",
     "rank_data_wait_fraction": "Share of the last epoch's training time that this rank waited for data.",
     "rank_communication_fraction": "Share of it in the agreement before each step, waiting for the slowest rank included.",
+    "rank_slowness": "This rank's own time a step (data and forward pass) over the median of the other ranks', last epoch.",
+    "rank_straggler": "1 where this rank was over 1.5 in both of the last two epochs, and holds the others up.",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from medtl_dist.errors import UserError
 
 # KubeRay appends 6 characters to a RayJob's name for its cluster's, whose Services must stay within 63.
-NAME_LIMITS = {"train": 47, "cluster": 53}
+NAME_LIMITS = {"train": 47, "cluster": 53, "doctor": 40}  # a doctor's RayJob is called NAME-doctor
 
 _LABEL_1035 = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _LABEL_1123 = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")

@@ -26,6 +26,7 @@ from medtl_dist.errors import DataError, MedtlError, UserError
 SCHEMES = ("file", "s3", "gs", "http", "https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _CONNECT_S = 10
+EMULATOR = "CLOUD_STORAGE_EMULATOR_ENDPOINT"  # of Google's storage, as its own clients call it; asks for no credentials
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ def filesystem(place: Place, options: StorageOptions, *, attempts: int | None = 
 _ENVIRONMENT = (
     "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE", "SSL_CERT_FILE", "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS",
-    "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+    EMULATOR,
 )  # fmt: skip
 
 
@@ -182,7 +183,8 @@ def _filesystem(
     del made_for
     if scheme == "gs":
         patience = datetime.timedelta(seconds=max(1, round(options.timeout_s * (1 if attempts == 1 else 3))))
-        return pafs.GcsFileSystem(anonymous=options.anonymous, retry_time_limit=patience)
+        anonymous = options.anonymous or bool(os.environ.get(EMULATOR))
+        return pafs.GcsFileSystem(anonymous=anonymous, retry_time_limit=patience)
     endpoint = options.endpoint
     return pafs.S3FileSystem(
         anonymous=options.anonymous,
@@ -251,9 +253,12 @@ def missing(url: str) -> DataError:
 
 
 def refused(url: str, reason: str) -> UserError:
+    sources = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, the instance's role"
+    if url.startswith("gs://"):
+        sources = "GOOGLE_APPLICATION_CREDENTIALS, gcloud's application-default login, the instance's service account"
     return UserError(
-        f"{url}: access refused ({reason}); check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, "
-        "the instance's role; public: data.anonymous=true), their rights on this address, and the clock"
+        f"{url}: access refused ({reason}); check the credentials ({sources}; public: data.anonymous=true), their rights on "
+        "this address, and the clock"
     )
 
 

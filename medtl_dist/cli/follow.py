@@ -82,12 +82,18 @@ def progress_facts(row: dict[str, Any]) -> str:
 
 
 def epoch_line(row: dict[str, Any]) -> str:
-    """One finished epoch in a line."""
+    """One finished epoch in a line, and another one for each rank that holds the others up."""
     auc = "undefined" if row["val_auc"] is None else f"{row['val_auc']:.3f}"
-    return (
+    line = (
         f"epoch {row['epoch'] + 1}: train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, val AUC {auc}, "
         f"{row['images_per_s']:.1f} images/s, {row['data_wait_fraction']:.0%} waiting for data, {row['epoch_s']:.0f} s"
     )
+    slow = (
+        f"  slow: rank {rank['rank']} on {rank['host']}, {rank['slowness']:.1f} times the others' own time a step "
+        f"(data {rank['data_wait_s']:.2g} s, forward pass {rank['forward_s']:.2g} s)"
+        for rank in row.get("stragglers", ())
+    )
+    return "\n".join([line, *slow])
 
 
 def _print_new_lines(console: Console, log: bytes, seen: int) -> int:

@@ -39,7 +39,13 @@ def render(
         str | None, typer.Option(help="s3://bucket/prefix, gs://bucket/prefix, or /mnt/… with --claim.")
     ] = None,
     claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) mounted at STORE.")] = None,
-    kind: Annotated[str, typer.Option(metavar="train|cluster", help="A job, or a cluster to work on.")] = "train",
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="train|cluster|doctor",
+            help="A job, a cluster to work on, or `medtl doctor` where the job would run.",
+        ),
+    ] = "train",
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in all, one per rank; 0: on CPUs.")] = 0,
     gpus_per_worker: Annotated[int, typer.Option(min=1, help="GPUs of each worker pod.")] = 1,
     min_gpus: Annotated[
@@ -86,6 +92,8 @@ def render(
       medtl k8s render --preset resnet101 --set data.shards=sets/xrays --name xrays-1 --gpus 8 \\
           --image registry.example.org/medtl@sha256:… --store s3://bucket/medtl > run.yaml
       medtl k8s render --kind cluster --name notebook --gpus 4 --min-gpus 0 --image … --apply
+      medtl k8s render --kind doctor --preset resnet101 --set data.shards=sets/xrays --name xrays-1 --gpus 8 \\
+          --image … --store s3://bucket/medtl --apply
     """
     from cluster.manifests import Target, to_yaml
     from cluster.manifests import render as manifests_of
@@ -126,6 +134,8 @@ def render(
         allow_tag=allow_tag,
         ray_version=ray_version or importlib.metadata.version("ray"),
     )
+    if test and kind == "doctor":
+        raise UserError("--test with --kind doctor: a doctor scores nothing; leave --test out.")
     text = to_yaml(manifests_of(resolved, target, open_test=test, with_config=not without_config))
     typer.echo(describe(shape, loader_speed, gpu_speed), err=True)
     if apply:

@@ -56,6 +56,9 @@ def _print(found: dict[str, Any]) -> None:
         typer.echo(
             f"epoch {min(progress['epoch'] + 1, progress['epochs'])}/{progress['epochs']}, " + progress_facts(progress)
         )
+    if found["budget"] is not None:
+        used, most = found["budget"]["gpu_hours"], found["budget"]["max_gpu_hours"]
+        typer.echo(f"GPU hours: {used:.4g} used, " + ("no limit now" if most is None else f"of {most:g}"))
     if found["state"] == "stopped" and not found["parts"]:
         newest = found["checkpoints"][-1] if found["checkpoints"] else None
         where = "there is no checkpoint yet" if newest is None else f"its newest checkpoint is of step {newest}"

@@ -202,8 +202,9 @@ def held_lease(
     place = folder.below(LEASES) if isinstance(folder, StoreFolder) else Folder(folder.fs, folder.at(LEASES))
     if isinstance(place, StoreFolder) and not store_is_safe(place):
         raise UserError(
-            f"{folder.url}: this store ignores If-None-Match, so two runs could write there at once; use another store for "
-            "run folders."
+            f"{folder.url}: this store makes a file twice that should be made once (it ignores "
+            f"{'ifGenerationMatch' if place.place.scheme == 'gs' else 'If-None-Match'}), so two runs could write there at once; "
+            "use another store for run folders."
         )
     shelf = FolderShelf(place)
     found = acquire(shelf, owner=owner, ttl_s=ttl_s)

@@ -25,7 +25,7 @@ from medtl_dist.metrics.ranking import average_precision, roc_auc
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run, Signal
 from medtl_dist.train import ema, losses, nonfinite, optim
-from medtl_dist.train.clock import Clock
+from medtl_dist.train.clock import Clock, DeviceTime
 from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.prefix import boundary_of
@@ -34,6 +34,7 @@ from medtl_dist.train.session import Session
 from medtl_dist.train.setup import average_buffers
 from medtl_dist.train.start import start, train_stream
 from medtl_dist.train.state import best_row, due, save
+from medtl_dist.train.stragglers import watch
 from medtl_dist.train.unfreeze import unfreeze
 from medtl_dist.train.warm import Warm, keep_epoch_scores
 
@@ -83,7 +84,7 @@ def train_epoch(session: Session) -> Clock:
     Raises Interrupted, after a checkpoint, where the run was told to stop; TrainingError where the loss keeps not being
     finite (``nonfinite.skipped``).
     """
-    position, clock = session.position, Clock()
+    position, clock = session.position, Clock(forward=DeviceTime(session.run.device))
     session.network.model.train()  # what is frozen stays in eval
     loss_here = torch.tensor(position.loss_total, dtype=torch.float64, device=session.run.device)
     statistics, polled = nonfinite.Statistics(session.network.model), time.monotonic()
@@ -106,7 +107,7 @@ def train_epoch(session: Session) -> Clock:
         assert batch is not None
         with clock.during("compute"):
             statistics.keep()
-            loss, applied = train_step(session, batch, weight)
+            loss, applied = train_step(session, batch, weight, clock.forward)
         if applied:
             loss_here += loss
             position.weight_total += weight
@@ -141,9 +142,12 @@ def _told_to_stop(session: Session) -> bool:
     return session.run.poll() is Signal.CHECKPOINT_AND_STOP
 
 
-def train_step(session: Session, batch: Batch, global_weight: float) -> tuple[Tensor, bool]:
+def train_step(
+    session: Session, batch: Batch, global_weight: float, forward: DeviceTime | None = None
+) -> tuple[Tensor, bool]:
     """One optimiser step on this rank's part of the global batch; returns its summed loss, float64, detached, and whether
-    the step was applied: it is not, on any rank, where some rank's loss is not finite.
+    the step was applied: it is not, on any rank, where some rank's loss is not finite. ``forward`` takes the time of the
+    forward passes.
 
     DDP averages the ranks' gradients, so each rank's summed loss is scaled by W / (global denominator): the result is
     the gradient of the global mean, however unequal the ranks' counts. Parts of a batch (accumulation) add up likewise.
@@ -156,9 +160,11 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> tuple[Te
         epochs=config.train.epochs,
     )
     optim.set_lr(session.optimizer, factor)
+    forward = forward or DeviceTime()
     images = batch.images.to(session.run.device, non_blocking=True)
     if session.prefix is not None and not batch.at_boundary:
-        images = boundary_of(session.prefix, images)
+        with forward.during():
+            images = boundary_of(session.prefix, images)
     labels = batch.labels.to(session.run.device, non_blocking=True)
     total = torch.zeros((), dtype=torch.float64, device=session.run.device)
     scale = session.run.world_size / global_weight if global_weight > 0 else 0.0
@@ -167,7 +173,7 @@ def train_step(session: Session, batch: Batch, global_weight: float) -> tuple[Te
         zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
     ):
         with _no_sync(session.stepper) if part < parts - 1 else contextlib.nullcontext():
-            with network.precision.autocast():
+            with forward.during(), network.precision.autocast():
                 logits = session.stepper(_inputs(session, some_images))
             loss = losses.loss_sum(logits, some_labels, config.train, session.class_weights)
             session.scaler.scale(loss * scale).backward()
@@ -234,10 +240,11 @@ def close_epoch(session: Session, clock: Clock) -> None:
     with clock.during("checkpoint"):
         save(session)
     row["checkpoint_s"] = clock.seconds["checkpoint"]  # of the checkpoint itself it can't be in its copy of the history
-    session.journal.epoch(row, step=position.global_step)
+    stragglers, pace = watch(session, clock)
+    session.journal.epoch(row | ({"stragglers": stragglers} if stragglers else {}), step=position.global_step)
     session.journal.progress(_progress(session, Clock(), row["train_loss"]))
     own = clock.of_rank(session.config.data.global_batch_size / run.world_size)
-    run.report({name: value for name, value in row.items() if not isinstance(value, str)} | own)
+    run.report({name: value for name, value in row.items() if not isinstance(value, str)} | own | pace)
 
 
 def _val_numbers(predictions: Predictions, session: Session) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder, fetched, folder_at
 from medtl_dist.train import checkpoint
+from medtl_dist.train.budget import BUDGET_FILE
 from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
 from medtl_dist.train.run_folder import opened_run_folder, read_config
 from medtl_dist.train.setup import storage_of
@@ -25,7 +26,7 @@ from medtl_dist.train.status import status_of
 
 LEASE_TTL_S = 60.0
 _IGNORED = (".lease", ".ray", "config.yaml")
-_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json")
+_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json", BUDGET_FILE)
 
 
 @contextlib.contextmanager
@@ -48,11 +49,8 @@ def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable
         )
     _check_use(folder, config, resume=resume)  # before waiting for a lease: most mistakes are told at once
     with contextlib.ExitStack() as stack:
-        if folder.place.scheme == "s3":
-            lease = stack.enter_context(held_lease(folder, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say))
-            folder = fenced(folder, lease.fence)
-        else:
-            say(f"{folder.url}: no lease is kept on {folder.place.scheme}://; start one training there at a time")
+        lease = stack.enter_context(held_lease(folder, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say))
+        folder = fenced(folder, lease.fence)
         before = _check_use(folder, config, resume=resume)
         if before != config:
             folder.write("config.yaml", config.to_yaml().encode())
@@ -100,7 +98,7 @@ def status_in(folder: Folder) -> dict[str, Any]:
         found = status_of(here)
     news = [folder.info(name).mtime for name in ("log.jsonl", "progress.json")]
     shelf = FolderShelf(folder.below(LEASES))
-    holder = holder_of(shelf) if folder.place.scheme == "s3" else None
+    holder = holder_of(shelf)
     times = [moment.timestamp() for moment in news if moment is not None]
     return found | {
         "state": "running" if holder is not None else found["state"],

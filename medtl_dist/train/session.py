@@ -64,3 +64,4 @@ class Session:
     cache: PrefixCache | None = None
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
     saved_step: int | None = None  # of the newest checkpoint
+    slow_before: frozenset[int] = frozenset()  # ranks that were slow in the epoch before

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medtl_dist.errors import UserError
+from medtl_dist.errors import DataError, UserError
+from medtl_dist.run import Folder
+from medtl_dist.train import budget
 from medtl_dist.train.run_folder import chain_finished, parts_of
 
 _FACTS = (
@@ -31,7 +33,8 @@ def status_of(run_folder: Path) -> dict[str, Any]:
     ``state``: finished (its results are there), running (a process holds the folder's lock), or stopped (``medtl train
     --resume`` goes on). ``parts``: the same of each training of a chain.
     ``progress``: the last known step, null where there is none. ``epochs``: the finished ones, as logged;
-    one that was run again after a lost process counts once, the last time. ``notes``: the last five.
+    one that was run again after a lost process counts once, the last time. ``budget``: the GPU hours used and their limit
+    (null: none now), noted every few seconds; null where the run never had a limit. ``notes``: the last five.
 
     Raises UserError where the folder holds no run.
     """
@@ -43,6 +46,9 @@ def status_of(run_folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         row = json.loads((run_folder / "progress.json").read_text(encoding="utf-8"))
         progress = {name: row.get(name) for name in _FACTS}
+    account: dict[str, Any] | None = None
+    with contextlib.suppress(DataError):  # damaged: training says so
+        account = budget.read(Folder.local(run_folder))
     held = _held(run_folder / ".lock")
     finished = (run_folder / "results.json").is_file() or chain_finished(run_folder)
     return {
@@ -52,6 +58,7 @@ def status_of(run_folder: Path) -> dict[str, Any]:
         "parts": [status_of(part) for part in parts_of(run_folder)],
         "progress": progress,
         "epochs": [epochs[number] for number in sorted(epochs)],
+        "budget": account,
         "checkpoints": sorted(int(p.name) for p in (run_folder / "checkpoints").glob("*") if p.name.isdigit()),
         "notes": [line["text"] for line in lines if line.get("kind") == "note"][-5:],
     }

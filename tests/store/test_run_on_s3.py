@@ -102,9 +102,11 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     for path in far.rglob("*"):
         assert path.is_dir() or SECRET_KEY.encode() not in path.read_bytes()
 
+    store.write("budget.json", b'{"max_gpu_hours": 8.0, "gpu_hours": 1.5}')
     assert run(["status", place, "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["state"], len(status["epochs"]), status["run"]) == ("finished", 2, "first")
+    assert status["budget"] == {"max_gpu_hours": 8.0, "gpu_hours": 1.5}
     assert status["checkpoints"] == [int(step) for step in steps]
     store.delete("report.html")
     assert run(["report", place]) == 0

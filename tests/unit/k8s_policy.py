@@ -155,15 +155,18 @@ def _job_faults(run: Tree, manifests: list[Tree]) -> Iterator[str]:
     spec, name = run["spec"], run["metadata"]["name"]
     if spec.get("submissionMode") != "K8sJobMode" or "submitterPodTemplate" not in spec:
         yield f"submissionMode {spec.get('submissionMode')}: the submitter's pod is not ours to restrict"
+    words = shlex.split(spec["entrypoint"])
+    doctor = words[:2] == ["medtl", "doctor"]
     for key in ("backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"):
-        if not spec.get(key, 0) >= 1:
+        if not spec.get(key, 0) >= 1 and not (doctor and key == "backoffLimit"):
             yield f"{key} is not set"
     if not spec.get("shutdownAfterJobFinishes"):
         yield "GPUs stay when the job has ended"
-    words = shlex.split(spec["entrypoint"])
     if " ".join(words) != spec["entrypoint"] or not re.fullmatch(r"[A-Za-z0-9@%+=:,./_ -]+", spec["entrypoint"]):
         yield "the entrypoint holds what a shell reads"
-    if "--resume" not in words or not words[words.index("--run-dir") + 1].endswith(f"/runs/{name}"):
+    if doctor:
+        yield from _doctor_faults(spec, words)
+    elif "--resume" not in words or not words[words.index("--run-dir") + 1].endswith(f"/runs/{name}"):
         yield "the entrypoint does not resume by run name"
     configs = [m for m in manifests if m["kind"] == "ConfigMap"]
     mounted = {
@@ -177,6 +180,15 @@ def _job_faults(run: Tree, manifests: list[Tree]) -> Iterator[str]:
     yield from _config_faults(
         yaml.safe_load(configs[0]["data"]["config.yaml"]), spec["rayClusterSpec"]["workerGroupSpecs"]
     )
+
+
+def _doctor_faults(spec: Tree, words: list[str]) -> Iterator[str]:
+    if not {"--nodes", "--step", "--store", "--config"} <= set(words):
+        yield "a doctor that does not look at every node, the store and the config"
+    if spec.get("backoffLimit") != 0:
+        yield "a doctor that is asked again on a new cluster"
+    if any(group["replicas"] != group["maxReplicas"] for group in spec["rayClusterSpec"]["workerGroupSpecs"]):
+        yield "a doctor that does not see all nodes"
 
 
 def _config_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:

@@ -33,6 +33,8 @@ TARGETS = {
     "gke": Target(
         "xrays-1", IMAGE, GPU, S3, identity={"iam.gke.io/gcp-service-account": "medtl@project.iam.gserviceaccount.com"}
     ),
+    "doctor": Target("a" * 40, IMAGE, ELASTIC, PVC, kind="doctor", spot=("cloud.example.org/kind", "spot")),
+    "doctor-kueue": Target("xrays-1", IMAGE, CPU, S3, kind="doctor", queue="q", credentials_secret="s3-login"),
     "cluster": Target("a" * 53, IMAGE, ELASTIC, kind="cluster"),
     "cluster-kueue": Target("notebook", IMAGE, CPU, PVC, kind="cluster", queue="q"),
 }

@@ -66,6 +66,7 @@ def test_a_cluster_to_work_on_needs_neither_store_nor_config(capsys: pytest.Capt
         (["--gpus-per-worker", "3"], "expected multiples of --gpus-per-worker"),
         (["--set", "data.shards=/here"], "pods can't see this machine's folders"),
         (["--image", "medtl:1"], "add --allow-tag"),
+        (["--kind", "doctor", "--test"], "a doctor scores nothing"),
         (["--ray-version", "nightly"], "--ray-version 'nightly'"),
     ],
 )
@@ -121,7 +122,7 @@ def documented_commands() -> list[str]:
 
 def test_the_documented_commands_run(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = documented_commands()
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(
             command.replace("@sha256:…", f"@sha256:{'2' * 64}").replace("--image …", f"--image {IMAGE}").split(">")[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster/Dockerfile"
@@ -45,6 +48,15 @@ def test_the_image_runs_as_any_uid_of_group_0_and_never_as_root() -> None:
 
     assert {HOME, CACHE} <= set(shared[1].split())
     assert f"HOME={HOME}" in TEXT
+
+
+@pytest.mark.parametrize(("ending", "health"), [(0, 0), (1, 1), (2, 1), (3, 1), (127, 1)])
+def test_the_doctors_every_failure_is_dockers_one(ending: int, health: int, tmp_path: Path) -> None:
+    [words] = re.findall(r"^HEALTHCHECK (?:--\S+ )*CMD (.*)$", TEXT, re.MULTILINE)
+    (tmp_path / "medtl").write_text(f'#!/bin/sh\ntest "$*" = doctor && exit {ending}\n', encoding="utf-8")
+    (tmp_path / "medtl").chmod(0o755)
+    done = subprocess.run(json.loads(words), env={"PATH": f"{tmp_path}:/bin"}, check=False)
+    assert done.returncode == health
 
 
 def test_dependencies_come_by_the_constraints_file() -> None:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from k8s_targets import CONFIG, GPU, IMAGE, LOADER, TARGETS, of_kind
 
-from cluster.manifests import Target, config_for, render, to_yaml, train_command
+from cluster.manifests import Target, config_for, doctor_command, render, to_yaml, train_command
 from cluster.placement import Store, checked_words
 from medtl_dist.config import load_config
 from medtl_dist.errors import UserError
@@ -48,7 +48,7 @@ HOSTILE = st.text(max_size=40) | st.sampled_from(
     name=HOSTILE,
     root=HOSTILE,
     claim=st.none() | HOSTILE,
-    kind=st.sampled_from(["train", "cluster"]),
+    kind=st.sampled_from(["train", "cluster", "doctor"]),
     test=st.booleans(),
 )
 def test_a_hostile_name_or_store_is_refused_or_stays_one_word(
@@ -59,7 +59,9 @@ def test_a_hostile_name_or_store_is_refused_or_stays_one_word(
             target = Target(name, IMAGE, GPU, Store(store_root, claim), kind=kind)
             _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
         with contextlib.suppress(UserError):
-            target = Target("good", IMAGE, GPU, Store(store_root, claim))
+            target = Target(
+                "good", IMAGE, GPU, Store(store_root, claim), kind="doctor" if kind == "doctor" else "train"
+            )
             _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
 
 
@@ -117,8 +119,13 @@ def _holds_together(target: Target, manifests: list[dict[str, Any]], *, open_tes
                 "--resume",
             ]
             wanted += ["--test"] if open_test else []
+            made = train_command(target, open_test=open_test)
+            if target.kind == "doctor":
+                wanted = ["medtl", "doctor", "--nodes", "--config", "/etc/medtl/config.yaml", "--store"]
+                wanted += [target.run_folder.removesuffix(f"/runs/{target.name}"), "--step"]
+                made = doctor_command(target)
             words = shlex.split(manifest["spec"]["entrypoint"])
-            assert words == wanted == train_command(target, open_test=open_test)
+            assert words == wanted == made
             assert shlex.split(shlex.join(words)) == words == manifest["spec"]["entrypoint"].split(" ")
 
 

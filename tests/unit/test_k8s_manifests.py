@@ -153,6 +153,13 @@ SEEDED: dict[str, tuple[str, Break, str]] = {
         lambda m: _group(m).update(maxReplicas=3, replicas=3, minReplicas=3),
         "ranks are not the workers' GPUs",
     ),
+    "doctor again": ("doctor", lambda m: _job(m).update(backoffLimit=3), "asked again on a new cluster"),
+    "doctor of a part": ("doctor", lambda m: _group(m).update(replicas=1, minReplicas=1), "does not see all nodes"),
+    "doctor of the head": (
+        "doctor",
+        lambda m: _job(m).update(entrypoint=_job(m)["entrypoint"].replace(" --nodes", "")),
+        "does not look at every node",
+    ),
     "config map": (
         "gpu",
         lambda m: of_kind(m, "ConfigMap")["metadata"].update(name="other"),
@@ -251,6 +258,7 @@ def test_identities_reach_the_service_account_and_the_network() -> None:
         ({"image": "medtl@sha256:123"}, "expected an image reference"),
         ({"image": "me dtl"}, "expected an image reference"),
         ({"store": None}, "--store is missing"),
+        ({"store": None, "kind": "doctor"}, "--store is missing"),
         ({"namespace": "a b"}, "--namespace 'a b'"),
         ({"queue": "-q"}, "--queue '-q'"),
         ({"queue": "q", "shape": ELASTIC}, "--queue with --min-gpus"),
@@ -259,7 +267,7 @@ def test_identities_reach_the_service_account_and_the_network() -> None:
         ({"spot": ("a b", "c")}, "--spot"),
         ({"spot": ("a", "c d")}, "--spot"),
         ({"identity": {"a": "b\nc"}}, "--identity"),
-        ({"kind": "tune"}, "--kind tune: expected train or cluster"),
+        ({"kind": "tune"}, "--kind tune: expected train, cluster or doctor"),
         ({"retries": 0}, "--retries"),
         ({"grace_s": 59}, "--grace-s 59: expected at least 60"),
         ({"ray_version": "latest"}, "--ray-version 'latest'"),
@@ -324,6 +332,24 @@ def test_paths_lie_in_the_store() -> None:
     assert shipped("gpu", "data.shards=gs://other/a").data.shards == "gs://other/a"
     assert shipped("volume", "data.shards=a", "model.weights=w/a.pth").model.weights == "/mnt/store/w/a.pth"
     assert shipped("gpu", "data.shards=a", "model.weights=random").model.weights == "random"
+
+
+def test_a_doctor_stands_where_the_run_would() -> None:
+    run = dataclasses.replace(TARGETS["volume"], shape=ELASTIC)
+    doctors = render(CONFIG, dataclasses.replace(run, kind="doctor"))
+    of_run = render(CONFIG, run)
+    # One identity, config and network policy: applying either leaves the other's alone.
+    assert doctors[:3] == of_run[:3]
+    doctor, job = doctors[3], of_run[3]
+    assert (doctor["metadata"]["name"], job["metadata"]["name"]) == ("xrays-1-doctor", "xrays-1")
+    cluster, wanted = doctor["spec"]["rayClusterSpec"], job["spec"]["rayClusterSpec"]
+    assert cluster["workerGroupSpecs"][0]["template"] == wanted["workerGroupSpecs"][0]["template"]
+    assert [cluster["workerGroupSpecs"][0][key] for key in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 2]
+    assert doctor["spec"]["activeDeadlineSeconds"] == 3600
+    shorter = dataclasses.replace(run, kind="doctor", name="a" * 40, deadline_s=3600)
+    assert render(CONFIG, shorter)[3]["metadata"]["name"] == "a" * 40 + "-doctor"
+    with pytest.raises(UserError, match="at most 40 characters"):
+        dataclasses.replace(run, kind="doctor", name="a" * 41)
 
 
 def test_rendering_leaves_its_input_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from k8s_kustomize import apply_step, build
 from k8s_policy import faults
 from k8s_schema import manifest_errors, needs_crds
+from shard_sets import write_set
 from typer.testing import CliRunner
 
 from cluster.manifests import Target, config_for, render, to_yaml
@@ -104,7 +106,23 @@ def test_a_renderings_command_runs(tmp_path: Path) -> None:
     assert_entrypoint_runs(list(yaml.safe_load_all(to_yaml(render(config, target, open_test=True)))), tmp_path)
 
 
-def assert_entrypoint_runs(manifests: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_doctors_command_runs(tmp_path: Path) -> None:
+    """As the head's shell reads it, but for --nodes: one machine, with a set and a store of its own in place of the pods'."""
+    dataset = write_set(tmp_path / "sets/x", {"train": [11, 9, 6], "val": [9, 5]})
+    target = Target("xrays-1", IMAGE, cpu_shape(workers=2, cpus_per_worker=1), Store("/mnt/store", "c"), kind="doctor")
+    config = load_config(preset="smoke", overrides=["data.shards=sets/x"])
+    manifests = list(yaml.safe_load_all(to_yaml(render(config, target))))
+    placed, line = as_on_the_head(manifests, tmp_path)
+    (tmp_path / "config.yaml").write_text(placed.replace("/mnt/store/sets/x", str(dataset.folder)), encoding="utf-8")
+    line = line.replace(" --nodes", "").replace("/mnt/store", str(tmp_path)) + " --json"
+    done = shell(line, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    states = {row["check"]: row["state"] for row in json.loads(done.stdout)["findings"]}
+    assert states["storage"] == states["shards"] == states["one step"] == states["versions"] == "ok"
+
+
+def as_on_the_head(manifests: list[dict[str, Any]], tmp_path: Path) -> tuple[str, str]:
+    """The config and the entrypoint of a job, with ``tmp_path`` for the folders that the head has."""
     (config_map,) = [m for m in manifests if m["kind"] == "ConfigMap"]
     (job,) = [m for m in manifests if m["kind"] == "RayJob"]
     (tmp_path / "config.yaml").write_text(config_map["data"]["config.yaml"], encoding="utf-8")
@@ -114,11 +132,19 @@ def assert_entrypoint_runs(manifests: list[dict[str, Any]], tmp_path: Path) -> N
     (tmp_path / "medtl").chmod(0o755)
     line = job["spec"]["entrypoint"]
     assert line.count("/etc/medtl/") == 1
-    line = line.replace("/etc/medtl/", f"{tmp_path}/") + " --dry-run"
+    return config_map["data"]["config.yaml"], line.replace("/etc/medtl/", f"{tmp_path}/")
+
+
+def shell(line: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "-c", line], env=path, cwd=tmp_path, capture_output=True, text=True, check=False)
+    return subprocess.run(["sh", "-c", line], env=path, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def assert_entrypoint_runs(manifests: list[dict[str, Any]], tmp_path: Path) -> None:
+    placed, line = as_on_the_head(manifests, tmp_path)
+    done = shell(line + " --dry-run", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    expected = validate(parse_yaml(config_map["data"]["config.yaml"], "ConfigMap"))
+    expected = validate(parse_yaml(placed, "ConfigMap"))
     assert validate(parse_yaml(done.stdout, "output")) == expected
     assert {entry.name for entry in tmp_path.iterdir()} == {"config.yaml", "medtl"}  # nothing was written
 

@@ -30,7 +30,7 @@ def test_only_named_numbers_are_exported_each_with_rank_and_run(monkeypatch: pyt
             sent.append((self.name, value, tags))
 
     monkeypatch.setattr(metrics, "_gauge", Gauge)
-    row = Clock(num_steps=1, train_s=1.0).of_rank(8.0)
+    row = Clock(num_steps=1, train_s=1.0).of_rank(8.0) | {"rank_slowness": 1.0, "rank_straggler": 0.0}
     metrics.export({"val_auc": 0.9, "lr": None} | row, rank=3, run="xrays-1")
     assert {name for name, _, _ in sent} == set(metrics.EXPORTED) == set(row)
     assert all(tags == {"rank": "3", "run": "xrays-1"} for _, _, tags in sent)

@@ -10,6 +10,8 @@ import pytest
 from medtl_dist.cli.main import run
 from medtl_dist.config import load_config
 from medtl_dist.errors import UserError
+from medtl_dist.run import Folder
+from medtl_dist.train import budget
 from medtl_dist.train.run_folder import opened_run_folder
 
 _ROW = {
@@ -83,6 +85,23 @@ def test_a_stopped_run_says_what_goes_on_and_a_finished_one_is_finished(
     assert last == "its newest checkpoint is of step 9; the same `medtl train` command with --resume goes on."
     (folder / "results.json").write_text("{}")
     assert _facts(folder, capsys)["state"] == "finished"
+
+
+def test_the_gpu_hours_used_are_told_beside_their_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told() -> list[str]:
+        assert run(["status", str(folder)]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "GPU hours" in line]
+
+    assert _facts(folder, capsys)["budget"] is None
+    assert told() == []
+    budget.limit(Folder.local(folder), 8.0)
+    (folder / "budget.json").write_text('{"max_gpu_hours": 8.0, "gpu_hours": 1.23456}')
+    assert _facts(folder, capsys)["budget"] == {"max_gpu_hours": 8.0, "gpu_hours": 1.23456}
+    assert told() == ["GPU hours: 1.235 used, of 8"]
+    budget.limit(Folder.local(folder), None)
+    assert told() == ["GPU hours: 1.235 used, no limit now"]
+    (folder / "budget.json").write_text("{")
+    assert told() == []
 
 
 def test_asking_takes_no_lock_and_a_run_just_begun_has_no_news(
