@@ -197,8 +197,12 @@ class Command:
             raise AssertionError(f"hangs; so far: {self.process.communicate()[1][-2000:]}") from None
         return self.process.returncode, errors
 
+    def log(self) -> bytes:
+        """The run's own log so far."""
+        return (self.run_dir / "log.jsonl").read_bytes()
+
     def notes(self) -> list[str]:
-        lines = [json.loads(line) for line in (self.run_dir / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in self.log().splitlines()]
         return [line["text"] for line in lines if line.get("kind") == "note"]
 
 

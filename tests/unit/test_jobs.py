@@ -26,6 +26,7 @@ from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config, validate
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
+from medtl_dist.storage import StorageOptions
 
 
 @pytest.fixture
@@ -556,6 +557,37 @@ def test_the_entrypoint_hands_over_only_after_success(
     assert job_files.unframed(capsys.readouterr().out) is not None
     assert job_entry.main([str(tmp_path / "run"), "--bad"]) == 5
     assert job_files.unframed(capsys.readouterr().out) is None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_entrypoint_reaches_the_store_as_the_run_did(
+    answers: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medtl_dist import store_folder
+    from medtl_dist.cli import job_entry
+
+    place = _finished(tmp_path / "run")
+    asked: list[str | None] = []
+
+    def folder_at(url: str, options: StorageOptions | None = None) -> Folder:
+        asked.append(options.endpoint_url if options is not None else None)
+        if not answers:
+            raise Interrupted(f"{url}: no answer")
+        return place
+
+    monkeypatch.setattr(store_folder, "folder_at", folder_at)
+    monkeypatch.setattr(job_entry, "run", lambda words: 0)
+    endpoint = ["data.endpoint_url=http://10.0.0.9:8333"]
+    config = load_config(preset="smoke", overrides=[*endpoint, "data.shards=s3://bucket/set"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = ["train", "--config", str(tmp_path / "config.yaml"), "--run-dir", "s3://bucket/runs/a", "--resume"]
+    assert job_entry.main(["s3://bucket/runs/a", *words]) == 0  # the run itself has succeeded, whatever comes after it
+    said = capsys.readouterr().out
+    assert asked == ["http://10.0.0.9:8333"]
+    assert (job_files.unframed(said) is not None) == answers
+    assert answers or said.startswith(
+        "note: results and report are in s3://bucket/runs/a, and can't be read for the log: "
+    )
 
 
 def test_submitting_imports_neither_ray_nor_torch() -> None:
