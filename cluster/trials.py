@@ -16,6 +16,7 @@ from cluster.trial_desk import Desk, Propose, Rule
 from cluster.trial_state import Reserved, TrialSpec, read_trial
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 
 __all__ = ["Stopped", "TrialSpec", "run_trials"]
@@ -76,10 +77,11 @@ def run_trials(
         warm_options: arguments of the workers' :class:`medtl_dist.train.warm.Warm`.
 
     Raises:
-        UserError: no cluster, or no room for even one trial.
+        UserError: no cluster, no room for even one trial, or a folder or shard set that not every node sees.
     """
     own_cluster = base.cluster.address is None and "RAY_ADDRESS" not in os.environ
     set_environment(own_cluster=own_cluster)
+    from cluster.shared_folder import check_shared
     from cluster.train import connected
     from cluster.trial_workers import Crew, drive, slots_on_cluster
     from medtl_dist.models.freezing import resolve_depth
@@ -101,6 +103,7 @@ def run_trials(
     with connected(base):
         import ray
 
+        check_shared(trials[0].config if trials else base, Folder.local(folder))
         reserved = reserved_for(base, num_gpus=int(ray.cluster_resources().get("GPU", 0)))
         slots = slots_on_cluster(reserved, num_workers)
         if slots < 1:

@@ -36,7 +36,8 @@ def relayed(listening: End, to: End) -> Iterator[int]:
     finally:
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        accepting.join(5)
+        if accepting.ident is not None:
+            accepting.join(5)
         server.close()
 
 

@@ -5,12 +5,13 @@ The figures of plain Ray Train were measured on such hosts with the same faults,
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from dying_runs import assert_same_bits
+from dying_runs import assert_same_bits, assert_same_samples
 from hosts import Hosts
 from nodes import Command, tree, wait_for
 from recovery import AT_STEP, Clock, host_of_rank_1
@@ -38,6 +39,21 @@ def test_a_worker_is_killed(
     os.kill(victim, signal.SIGKILL)
     clock.stop(run, "worker SIGKILL", "23")
     _whole(run, undisturbed)
+
+
+def test_a_node_loses_power_and_an_elastic_run_goes_on_with_one_worker(
+    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
+) -> None:
+    elastic = ("cluster.min_workers=1", "cluster.max_failures=3")
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, *elastic)
+    lost = host_of_rank_1(network, run)
+    clock.start()
+    network.power_off(lost)
+    clock.stop(run, "node power loss, elastic from two workers to one", "98")
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert json.loads((run.run_dir / "results.json").read_text())["training"]["world_size"] == 1
+    assert_same_samples(undisturbed, run.run_dir)
 
 
 def test_a_cable_is_cut_and_another_node_joins(

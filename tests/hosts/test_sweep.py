@@ -38,6 +38,11 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
     arguments = ["tune", "--preset", "smoke", "--space", str(space), "--sweep-dir", str(sweep), *settings]
     run = network.medtl_on(network.hosts[0], sweep / "trials" / "00000", *arguments)
     lost = host_of_rank_1(network, run)
+    clocks = b"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=1"  # the driver's, in a process that another one on another host has started
+    assert [clocks in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in network.workers()] == [
+        True,
+        True,
+    ]
     clock.start()
     network.power_off(lost)
     network.power_on(network.hosts[3], cpus=1)
@@ -55,6 +60,16 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
         trial = sweep / f"trials/{number:05d}"
         assert load_config(file=trial / "config.yaml").optim.lr == _RATES[number]
         assert_same_bits(folder, trial)
+
+
+def test_a_sweep_in_a_folder_of_one_host_is_refused_before_it_starts(network: Hosts, options: tuple[str, ...]) -> None:
+    head = network.hosts[0]
+    given = (*options, f"cluster.address={network.address}")
+    settings = [part for option in given for part in ("--set", option)]
+    own = Path("/dev/shm/sweep")  # a memory disk on each host
+    code, errors = network.medtl_on(head, own, "tune", "--preset", "smoke", "--sweep-dir", str(own), *settings).finish()
+    assert code == 2, errors
+    assert f"the run folder {own} is not the same folder on all nodes of the cluster" in errors
 
 
 def _fit(rank: int, world_size: int, folders: list[str], trials: list[str]) -> None:
