@@ -199,7 +199,8 @@ class Command:
 
     def log(self) -> bytes:
         """The run's own log so far."""
-        return (self.run_dir / "log.jsonl").read_bytes()
+        place = self.run_dir / "log.jsonl"
+        return place.read_bytes() if place.exists() else b""
 
     def notes(self) -> list[str]:
         lines = [json.loads(line) for line in self.log().splitlines()]

@@ -14,7 +14,7 @@ import pytest
 from dying_runs import assert_same_bits, assert_same_samples
 from hosts import Hosts
 from nodes import Command, tree, wait_for
-from recovery import AT_STEP, Clock, host_of_rank_1
+from recovery import AT_STEP, Clock, host_with_a_worker
 
 pytestmark = pytest.mark.ray
 
@@ -30,15 +30,57 @@ def _command_itself(run: Command) -> int:
     return wait_for("the driver", lambda: next(iter(tree(run.process.pid)), None))
 
 
-def test_a_worker_is_killed(
+def test_a_worker_then_the_driver_then_the_head_are_lost(
     network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
 ) -> None:
     run = network.train_on(network.hosts[0], tmp_path / "run", *options)
-    (victim,) = network.workers_on(host_of_rank_1(network, run))
-    clock.start()
+    run.wait_for_step(AT_STEP)
+    (victim,) = network.workers_on(host_with_a_worker(network))
+    clock.start(run)
     os.kill(victim, signal.SIGKILL)
     clock.stop(run, "worker SIGKILL", "23")
+
+    run.wait_for_step(AT_STEP + 12)
+    clock.start(run)
+    os.kill(_command_itself(run), signal.SIGKILL)
+    run.process.communicate()
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
+    clock.stop(run, "driver SIGKILL, the same command again")
+
+    run.wait_for_step(AT_STEP + 24)
+    clock.start(run)
+    for host in network.hosts[:3]:  # a head takes its cluster with it: its nodes end by themselves within a minute
+        network.power_off(host)
+    run.process.communicate()
+    for number in (0, 1, 2):
+        network.power_on(network.hosts[number], cpus=min(number, 1))
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
+    clock.stop(run, "head lost, cluster made anew, the same command again")
     _whole(run, undisturbed)
+
+
+def test_a_node_is_drained_then_the_cable_of_another_is_cut(
+    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
+) -> None:
+    network.power_on(network.hosts[3], cpus=1)
+    # What the drained one goes on from was written on notice, and it costs no retry: the cable has the only one.
+    rare = ("train.checkpoint_every_steps=50", "cluster.max_failures=1")
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, *rare)
+    wait_for("progress", (run.run_dir / "progress.json").exists)
+    leaving = next(host for host in network.hosts[1:] if network.workers_on(host))
+    clock.start(run)
+    network.drain(leaving.name, deadline_s=60)
+    clock.stop(run, "drain with a deadline", "23")
+
+    network.power_off(leaving)
+    run.wait_for_step(36)  # an epoch's end
+    cut = host_with_a_worker(network)
+    clock.start(run)
+    network.plug(cut, plugged=False)
+    network.power_on(leaving, cpus=1)
+    clock.stop(run, "link down, another node joins", "113")
+    _whole(run, undisturbed)
+    network.power_off(cut)
 
 
 def test_a_node_loses_power_and_an_elastic_run_goes_on_with_one_worker(
@@ -46,68 +88,11 @@ def test_a_node_loses_power_and_an_elastic_run_goes_on_with_one_worker(
 ) -> None:
     elastic = ("cluster.min_workers=1", "cluster.max_failures=3")
     run = network.train_on(network.hosts[0], tmp_path / "run", *options, *elastic)
-    lost = host_of_rank_1(network, run)
-    clock.start()
-    network.power_off(lost)
+    run.wait_for_step(AT_STEP)
+    clock.start(run)
+    network.power_off(host_with_a_worker(network))
     clock.stop(run, "node power loss, elastic from two workers to one", "98")
     code, errors = run.finish()
     assert code == 0, errors
     assert json.loads((run.run_dir / "results.json").read_text())["training"]["world_size"] == 1
     assert_same_samples(undisturbed, run.run_dir)
-
-
-def test_a_cable_is_cut_and_another_node_joins(
-    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
-) -> None:
-    run = network.train_on(network.hosts[0], tmp_path / "run", *options)
-    cut = host_of_rank_1(network, run)
-    network.plug(cut, plugged=False)
-    clock.start()
-    network.power_on(network.hosts[3], cpus=1)
-    clock.stop(run, "link down, another node joins", "113")
-    _whole(run, undisturbed)
-    network.power_off(cut)
-
-
-def test_a_node_is_drained_with_a_deadline(
-    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
-) -> None:
-    network.power_on(network.hosts[3], cpus=1)
-    rare = "train.checkpoint_every_steps=50"  # what it goes on from was written on notice
-    run = network.train_on(network.hosts[0], tmp_path / "run", *options, rare, "cluster.max_failures=0")
-    wait_for("progress", (run.run_dir / "progress.json").exists)
-    leaving = next(host for host in network.hosts[1:] if network.workers_on(host))
-    clock.start()
-    network.drain(leaving.name, deadline_s=60)
-    clock.stop(run, "drain with a deadline", "23")
-    _whole(run, undisturbed)
-    network.power_off(leaving)
-
-
-def test_the_driver_is_killed_and_the_same_command_goes_on(
-    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
-) -> None:
-    run = network.train_on(network.hosts[0], tmp_path / "run", *options)
-    run.wait_for_step(AT_STEP)
-    os.kill(_command_itself(run), signal.SIGKILL)
-    clock.start()
-    run.process.communicate()
-    again = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
-    clock.stop(again, "driver SIGKILL, the same command again")
-    _whole(again, undisturbed)
-
-
-def test_the_head_is_lost_and_the_same_command_goes_on(
-    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
-) -> None:
-    run = network.train_on(network.hosts[0], tmp_path / "run", *options)
-    run.wait_for_step(AT_STEP)
-    clock.start()
-    for host in network.hosts[:3]:  # a head takes its cluster with it: its nodes end by themselves within a minute
-        network.power_off(host)
-    run.process.communicate()
-    for number in (0, 1, 2):
-        network.power_on(network.hosts[number], cpus=min(number, 1))
-    again = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
-    clock.stop(again, "head lost, cluster made anew, the same command again")
-    _whole(again, undisturbed)

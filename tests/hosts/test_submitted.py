@@ -1,4 +1,4 @@
-"""Runs submitted from outside of the cluster, whose hosts share an S3 server and no disk: whole, also when one loses power."""
+"""A run submitted from outside of the cluster, whose hosts share an S3 server and no disk, and one of which loses power."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from dying_runs import assert_same_bits
 from hosts import API_URL, Hosts
-from recovery import Clock, host_of_rank_1
+from recovery import AT_STEP, Clock, host_with_a_worker
 from s3_server import SECRET_KEY
 from stored_runs import copied
-from submitted import Outside, SubmittedRun
+from submitted import Outside
 
 pytestmark = pytest.mark.ray
 
@@ -49,20 +49,8 @@ def _medtl(outside: Outside, *arguments: str) -> str:
     return done.stdout
 
 
-def _whole(run: SubmittedRun, undisturbed: Path, tmp_path: Path) -> str:
-    """What was fetched is what the store has, and what the store has is an undisturbed run's; what the client said."""
-    code, errors = run.finish()
-    assert code == 0, errors
-    there = copied(run.folder, tmp_path / "copy")
-    for name in ("results.json", "report.html"):
-        assert (run.run_dir / name).read_bytes() == (there / name).read_bytes()
-    assert json.loads((there / "results.json").read_text())["training"]["world_size"] == 2
-    assert_same_bits(undisturbed, there)
-    return errors
-
-
-def test_a_job_from_outside_trains_the_weights_of_one_host_and_its_report_comes_back(
-    network: Hosts, outside: Outside, fixed: tuple[str, ...], undisturbed: Path, tmp_path: Path
+def test_a_job_from_outside_whose_node_loses_power_trains_the_weights_of_one_host(
+    network: Hosts, outside: Outside, fixed: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
 ) -> None:
     intruder = subprocess.run(
         network.outside(sys.executable, "-c", _INTRUDER, network.hosts[0].ip),
@@ -74,27 +62,25 @@ def test_a_job_from_outside_trains_the_weights_of_one_host_and_its_report_comes_
     plan = json.loads(_medtl(outside, *outside.arguments("whole", tmp_path / "out", fixed, "--dry-run")))
     assert plan["estimate"]["images"]["train"] == 98  # read from the store
     run = outside.train("whole", tmp_path / "out", fixed)
-    run.wait_for_step(4)
+    run.wait_for_step(AT_STEP)
     assert [len(network.workers_on(host)) for host in network.hosts[1:3]] == [1, 1]
-    said = _whole(run, undisturbed, tmp_path)
-    assert "the token travels unencrypted" in said
+    clock.start(run)
+    network.power_off(host_with_a_worker(network))
+    network.power_on(network.hosts[3], cpus=1)
+    clock.stop(run, "node power loss, replaced; all storage S3", "40")
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert "the token travels unencrypted" in errors
 
+    there = copied(run.folder, tmp_path / "copy")
+    assert json.loads((there / "results.json").read_text())["training"]["world_size"] == 2
+    assert_same_bits(undisturbed, there)
+    for name in ("results.json", "report.html"):  # fetched outside
+        assert (tmp_path / "out" / name).read_bytes() == (there / name).read_bytes()
     (row,) = json.loads(_medtl(outside, "list", "--json", *outside.address))
     assert (row["name"], row["state"], row["exit_code"]) == ("whole", "succeeded", 0)
     token = network.token_file.read_bytes()
     log = _medtl(outside, "logs", "whole", *outside.address).encode()
-    seen = [path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    seen = [path.read_bytes() for path in there.rglob("*") if path.is_file()]
     assert len(seen) > 10
     assert not any(secret in text for text in (log, *seen) for secret in (token, SECRET_KEY.encode()))
-
-
-def test_a_node_of_a_submitted_job_loses_power_and_is_replaced(
-    network: Hosts, outside: Outside, fixed: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
-) -> None:
-    run = outside.train("lost-node", tmp_path / "out", fixed, "--code", "image")
-    lost = host_of_rank_1(network, run)
-    clock.start()
-    network.power_off(lost)
-    network.power_on(network.hosts[3], cpus=1)
-    clock.stop(run, "node power loss, replaced; all in S3", "40")
-    _whole(run, undisturbed, tmp_path)

@@ -11,7 +11,7 @@ from dying_runs import assert_same_bits
 from hosts import Hosts
 from nodes import wait_for
 from ranks import run_ranks
-from recovery import Clock, host_of_rank_1
+from recovery import AT_STEP, Clock, host_with_a_worker
 
 from medtl_dist.config import load_config
 from medtl_dist.run import Folder, LocalRun
@@ -37,14 +37,14 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
     settings = [part for option in given for part in ("--set", option)]
     arguments = ["tune", "--preset", "smoke", "--space", str(space), "--sweep-dir", str(sweep), *settings]
     run = network.medtl_on(network.hosts[0], sweep / "trials" / "00000", *arguments)
-    lost = host_of_rank_1(network, run)
+    run.wait_for_step(AT_STEP)
     clocks = b"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=1"  # the driver's, in a process that another one on another host has started
     assert [clocks in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in network.workers()] == [
         True,
         True,
     ]
-    clock.start()
-    network.power_off(lost)
+    clock.start(run)
+    network.power_off(host_with_a_worker(network))
     network.power_on(network.hosts[3], cpus=1)
     clock.stop(run, "a sweep's node without power, replaced")
     code, errors = run.finish()

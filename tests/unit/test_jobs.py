@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_server import TOKEN, FakeJobs, fake_job_server
+from shard_sets import write_set
 
 from cluster import job_files, job_package
 from cluster.job_api import JobServer, Server, find_token, is_loopback
@@ -476,9 +477,10 @@ def test_status_list_stop_and_logs_by_name(
     assert run(["status", "../x", *where]) == 2
 
 
-def test_a_dry_run_prints_the_plan_and_asks_nobody(
-    fake: FakeJobs, token_file: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_prints_the_plan_with_the_stores_set_counted_and_asks_no_cluster(
+    fake: FakeJobs, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_set(tmp_path / "sets" / "x", {"train": [11, 9], "val": [5]})
     arguments = [
         "submit",
         "train",
@@ -489,7 +491,7 @@ def test_a_dry_run_prints_the_plan_and_asks_nobody(
         "--name",
         "run-1",
         "--store",
-        "s3://b/p",
+        str(tmp_path),
     ]
     assert (
         run(
@@ -508,8 +510,9 @@ def test_a_dry_run_prints_the_plan_and_asks_nobody(
     )
     printed = capsys.readouterr().out
     facts = json.loads(printed)
-    assert facts["run_folder"] == "s3://b/p/runs/run-1"
+    assert facts["run_folder"] == f"{tmp_path}/runs/run-1"
     assert shlex.split(facts["entrypoint"])[-2:] == ["--max-gpu-hours", "2"]
+    assert facts["estimate"]["images"] == {"train": 20, "val": 5}
     assert TOKEN not in printed
     assert fake.requests == []
 
