@@ -83,7 +83,7 @@ def test_a_node_is_drained_then_the_cable_of_another_is_cut(
     network.power_off(cut)
 
 
-def test_a_node_loses_power_and_an_elastic_run_goes_on_with_one_worker(
+def test_a_node_loses_power_and_a_run_that_may_shrink_goes_on_with_one_worker(
     network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
 ) -> None:
     elastic = ("cluster.min_workers=1", "cluster.max_failures=3")

@@ -62,7 +62,7 @@ def test_a_job_from_outside_whose_node_loses_power_trains_the_weights_of_one_hos
     plan = json.loads(_medtl(outside, *outside.arguments("whole", tmp_path / "out", fixed, "--dry-run")))
     assert plan["estimate"]["images"]["train"] == 98  # read from the store
     run = outside.train("whole", tmp_path / "out", fixed)
-    run.wait_for_step(AT_STEP)
+    run.wait_for_step(AT_STEP, 150)  # a wheel is built first, and a process of its own started for the job
     assert [len(network.workers_on(host)) for host in network.hosts[1:3]] == [1, 1]
     clock.start(run)
     network.power_off(host_with_a_worker(network))
