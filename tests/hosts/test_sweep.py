@@ -38,11 +38,6 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
     arguments = ["tune", "--preset", "smoke", "--space", str(space), "--sweep-dir", str(sweep), *settings]
     run = network.medtl_on(network.hosts[0], sweep / "trials" / "00000", *arguments)
     run.wait_for_step(AT_STEP)
-    clocks = b"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=1"  # the driver's, in a process that another one on another host has started
-    assert [clocks in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in network.workers()] == [
-        True,
-        True,
-    ]
     clock.start(run)
     network.power_off(host_with_a_worker(network))
     network.power_on(network.hosts[3], cpus=1)
