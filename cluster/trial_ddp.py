@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -16,6 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from cluster.launch import set_environment
 from cluster.node_cache import on_this_node
 from cluster.ray_run import RayRun
 from cluster.trial_run import BEAT_EVERY_S, ending
@@ -57,6 +59,9 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
         storage = Path(payload["folder"]) / ".ray"
         # Of the trial, and new for each attempt: Ray has nothing to resume from.
         name = f"trial-{Path(payload['folder']).name}-{uuid.uuid4().hex[:8]}"
+        # Ray Train reads its clocks in the process that calls fit: this one, to which the sweep's driver has passed on nothing.
+        set_environment(own_cluster=False)
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.train.collective_timeout_s))
         trainer = TorchTrainer(
             work,
             train_loop_config={"trial": trial, "attempt": name}

@@ -15,6 +15,7 @@ from cluster.trial_desk import Desk, Propose, Rule
 from cluster.trial_state import Reserved, TrialSpec, read_trial
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 
 __all__ = ["Stopped", "TrialSpec", "run_trials"]
@@ -78,9 +79,11 @@ def run_trials(
         at_end: called once no worker is left, while the cluster is still connected.
 
     Raises:
-        UserError: no cluster, or no room for even one trial.
+        UserError: no cluster, no room for even one trial, or a folder or shard set that not every node sees.
     """
-    set_environment(own_cluster=has_own_cluster(base))
+    own_cluster = has_own_cluster(base)
+    set_environment(own_cluster=own_cluster)
+    from cluster.shared_folder import check_shared
     from cluster.train import connected
     from cluster.trial_workers import Crew, drive, slots_on_cluster
     from medtl_dist.models.freezing import resolve_depth
@@ -102,6 +105,7 @@ def run_trials(
     with connected(base):
         import ray
 
+        check_shared(trials[0].config if trials else base, Folder.local(folder))
         reserved = reserved_for(base, num_gpus=int(ray.cluster_resources().get("GPU", 0)))
         slots = slots_on_cluster(reserved, num_workers)
         if slots < 1:

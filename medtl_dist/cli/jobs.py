@@ -78,7 +78,7 @@ def train(
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     submission = planned("train", resolved, name=name, store=store, test=test, max_gpu_hours=max_gpu_hours)
     _submit(
-        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=1, as_json=as_json,
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ def tune(
     named, text = _read_space(space if space is not None else resolved.tune.space)
     submission = planned("tune", resolved, name=name, store=store, space=named, space_text=text)
     _submit(
-        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=resolved.tune.num_trials, as_json=as_json,
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def crossval(
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     submission = planned("crossval", resolved, name=name, store=store)
     _submit(
-        submission, resolved, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
+        submission, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
         dry_run=dry_run, images_per_s=images_per_s, trials=1, as_json=as_json,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def _read_space(space: str | None) -> tuple[str | None, str | None]:
 
 
 def _submit(
-    submission: Submission, config: Config, where: Server, *, code: str, wheel: Path | None, wait: bool, out: Path | None,
+    submission: Submission, where: Server, *, code: str, wheel: Path | None, wait: bool, out: Path | None,
     dry_run: bool, images_per_s: float, trials: int, as_json: bool,
 ) -> None:  # fmt: skip
     from cluster.job_plan import described, estimate
@@ -270,7 +270,7 @@ def _submit(
 
     make = wheel_of(code, wheel)
     if dry_run:
-        hours = estimate(submission.config, _counts(config), images_per_s=images_per_s, trials=trials)
+        hours = estimate(submission.config, _counts(submission.config), images_per_s=images_per_s, trials=trials)
         shipped = "in the image" if code == "image" else f"wheel {wheel}" if wheel else "wheel, built from the sources"
         facts = described(submission, address=where.address, code=shipped, hours=hours)
         typer.echo(json.dumps(facts, indent=1))
@@ -299,7 +299,9 @@ def _counts(config: Config) -> dict[str, int] | None:
     from medtl_dist.storage import StorageOptions
 
     data = config.data
-    options = StorageOptions(endpoint_url=data.endpoint_url, ca_bundle=data.ca_bundle, anonymous=data.anonymous)
+    options = StorageOptions(
+        endpoint_url=data.endpoint_url, ca_bundle=data.ca_bundle, anonymous=data.anonymous, timeout_s=5, retries=0
+    )  # an estimate is not worth a long wait
     try:
         dataset = open_dataset(data.shards or "", options, check_files=False)
     except MedtlError:

@@ -77,12 +77,13 @@ def run_train(
     """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
     from medtl_dist.storage import parse_place
     from medtl_dist.store_folder import folder_at
+    from medtl_dist.train.setup import storage_of
     from medtl_dist.train.start import check_inputs
 
     config = with_absolute_paths(config)
     place = parse_place(run_dir)
     run_dir = place.url if place.remote else Path(place.url)
-    folder_at(run_dir)
+    folder_at(run_dir, storage_of(config))  # without: Amazon would be asked about the bucket, in vain for minutes
     if config.transfer.stages and max_gpu_hours is not None:
         raise UserError("--max-gpu-hours with transfer.stages: give each training of a chain a limit of its own.")
     if config.transfer.stages and isinstance(run_dir, Path):

@@ -184,12 +184,15 @@ class Command:
     def wait_for_step(self, step: int, timeout_s: float = 90.0) -> None:
         def look() -> bool:
             if self.process.poll() is not None and not self.reached(step):
-                raise AssertionError(
-                    f"ended early with {self.process.returncode}: {self.process.communicate()[1][-2000:]}"
-                )
+                raise AssertionError(f"ended early with {self.process.returncode}")
             return self.reached(step)
 
-        wait_for(f"step {step} of {self.run_dir.name}", look, timeout_s)
+        try:
+            wait_for(f"step {step} of {self.run_dir.name}", look, timeout_s)
+        except AssertionError as error:
+            if self.process.poll() is None:
+                self.process.kill()
+            raise AssertionError(f"{error}; {self.process.communicate()[1][-2000:]}") from None
 
     def finish(self, timeout_s: float = 150.0) -> tuple[int, str]:
         """Exit code and standard error."""
@@ -200,8 +203,13 @@ class Command:
             raise AssertionError(f"hangs; so far: {self.process.communicate()[1][-2000:]}") from None
         return self.process.returncode, errors
 
+    def log(self) -> bytes:
+        """The run's own log so far."""
+        place = self.run_dir / "log.jsonl"
+        return place.read_bytes() if place.exists() else b""
+
     def notes(self) -> list[str]:
-        lines = [json.loads(line) for line in (self.run_dir / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in self.log().splitlines()]
         return [line["text"] for line in lines if line.get("kind") == "note"]
 
 

@@ -1,4 +1,4 @@
-"""The stage `make test-hosts`: three hosts as network namespaces; each fault prints how long it took to be training again."""
+"""The stage `make test-hosts`: four hosts as namespaces and an S3 server; at the end a table of how long each fault held up."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Hosts, hosts, missing
+from hosts import Hosts, hosts
+from probe import missing
 from ranks import run_ranks
+from recovery import Clock, Recovery
+from s3_server import ACCESS_KEY, SECRET_KEY
 from shard_sets import write_set
+from submitted import Outside
 
 from medtl_dist.config import Config, load_config
 from medtl_dist.run import Folder, LocalRun
@@ -22,11 +26,30 @@ _FIXED = (
 )  # fmt: skip
 
 
+_TABLE = pytest.StashKey[list[Recovery]]()
+
+
+@pytest.fixture
+def clock(pytestconfig: pytest.Config) -> Clock:
+    return Clock(pytestconfig.stash.setdefault(_TABLE, []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_TABLE, [])
+    if rows:
+        terminalreporter.section(
+            "seconds until the run was training again, beside plain Ray Train on other hosts of this kind"
+        )
+        for row in rows:
+            terminalreporter.write_line(f"{row.fault:<60} {row.seconds:>4.0f} {row.plain:>5}")
+
+
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """A head that holds no workers, and hosts 1, 2 and 3 with room for one each; 3 is switched on where a test needs it."""
-    if missing():
-        pytest.skip(str(missing()))
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
     with hosts(tmp_path_factory.mktemp("hosts"), 4) as some:
         for number in (0, 1, 2):
             some.power_on(some.hosts[number], cpus=min(number, 1))
@@ -34,10 +57,36 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="session")
-def options(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def local_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve steps an epoch."""
-    dataset = write_set(tmp_path_factory.mktemp("data") / "set", {"train": [40, 33, 25], "val": [30, 10]})
-    return (f"data.shards={dataset.folder}", *_FIXED)
+    return Path(write_set(tmp_path_factory.mktemp("data") / "set", {"train": [40, 33, 25], "val": [30, 10]}).folder)
+
+
+@pytest.fixture(scope="session")
+def fixed() -> tuple[str, ...]:
+    """What every run has in common."""
+    return _FIXED
+
+
+@pytest.fixture(scope="session")
+def options(local_set: Path) -> tuple[str, ...]:
+    """Of a run whose set lies on a disk that all hosts share."""
+    return (f"data.shards={local_set}", *_FIXED)
+
+
+@pytest.fixture(scope="session")
+def outside(network: Hosts, local_set: Path) -> Iterator[Outside]:
+    """Outside of the cluster, with the S3 server that is all the storage that its runs share."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with network.store() as server:
+            there = Outside(network, server)
+            there.put_set(local_set)
+            yield there
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +99,18 @@ def undisturbed(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
 
 def _fit(rank: int, world_size: int, config: Config, folder: str) -> None:
     fit(config, LocalRun(Folder.local(folder), torch.device("cpu"), rank=rank, world_size=world_size, local_rank=rank))
+
+
+@pytest.fixture(autouse=True)
+def _two_hosts(network: Hosts) -> None:
+    """Hosts 1 and 2 are up and plugged in, 3 is off, whatever the test before did."""
+    for host in network.hosts:
+        network.plug(host, plugged=True)
+    if network.hosts[0].node is None:
+        network.power_on(network.hosts[0], cpus=0)
+    for host in network.hosts[1:]:
+        wanted = host is not network.hosts[3]
+        if host.node is not None and (not wanted or network.node_id(host.name) is None):
+            network.power_off(host)
+        if host.node is None and wanted:
+            network.power_on(host, cpus=1)

@@ -16,6 +16,7 @@ from dying_runs import assert_same_bits
 from faulty_proxy import Fault, Proxy, Request
 from s3_server import SECRET_KEY, S3Server
 from shard_sets import write_set
+from stored_runs import copied
 from tiny_backbone import tiny_registered
 
 from medtl_dist.cli.main import run
@@ -61,20 +62,6 @@ def command(shards: str, run_dir: str | Path, *more: str) -> list[str]:
 
 def impatient(*more: str) -> tuple[str, ...]:
     return ("--set", "data.storage_timeout_s=1", "--set", "data.storage_retries=1", *more)
-
-
-def copied(store: StoreFolder, to: Path) -> Path:
-    """The whole run folder on disk, the checkpoints named by their steps."""
-    for info in store.files():
-        name = info.path.removeprefix(f"{store.path}/")
-        head, _, tail = name.partition("/")
-        if head == "checkpoints":
-            step, _, rest = tail.partition("/")
-            name = f"checkpoints/{step.partition('-')[0]}/{rest}"
-        target = to / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(store.read(info.path.removeprefix(f"{store.path}/")))
-    return to
 
 
 def test_a_run_in_a_store_is_the_run_on_disk(

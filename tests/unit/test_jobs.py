@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_server import TOKEN, FakeJobs, fake_job_server
+from shard_sets import write_set
 
 from cluster import job_files, job_package
 from cluster.job_api import JobServer, Server, find_token, is_loopback
@@ -26,6 +27,7 @@ from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config, validate
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
+from medtl_dist.storage import StorageOptions
 
 
 @pytest.fixture
@@ -475,9 +477,10 @@ def test_status_list_stop_and_logs_by_name(
     assert run(["status", "../x", *where]) == 2
 
 
-def test_a_dry_run_prints_the_plan_and_asks_nobody(
-    fake: FakeJobs, token_file: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_prints_the_plan_with_the_stores_set_counted_and_asks_no_cluster(
+    fake: FakeJobs, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_set(tmp_path / "sets" / "x", {"train": [11, 9], "val": [5]})
     arguments = [
         "submit",
         "train",
@@ -488,7 +491,7 @@ def test_a_dry_run_prints_the_plan_and_asks_nobody(
         "--name",
         "run-1",
         "--store",
-        "s3://b/p",
+        str(tmp_path),
     ]
     assert (
         run(
@@ -507,8 +510,9 @@ def test_a_dry_run_prints_the_plan_and_asks_nobody(
     )
     printed = capsys.readouterr().out
     facts = json.loads(printed)
-    assert facts["run_folder"] == "s3://b/p/runs/run-1"
+    assert facts["run_folder"] == f"{tmp_path}/runs/run-1"
     assert shlex.split(facts["entrypoint"])[-2:] == ["--max-gpu-hours", "2"]
+    assert facts["estimate"]["images"] == {"train": 20, "val": 5}
     assert TOKEN not in printed
     assert fake.requests == []
 
@@ -556,6 +560,37 @@ def test_the_entrypoint_hands_over_only_after_success(
     assert job_files.unframed(capsys.readouterr().out) is not None
     assert job_entry.main([str(tmp_path / "run"), "--bad"]) == 5
     assert job_files.unframed(capsys.readouterr().out) is None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_entrypoint_reaches_the_store_as_the_run_did(
+    answers: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medtl_dist import store_folder
+    from medtl_dist.cli import job_entry
+
+    place = _finished(tmp_path / "run")
+    asked: list[str | None] = []
+
+    def folder_at(url: str, options: StorageOptions | None = None) -> Folder:
+        asked.append(options.endpoint_url if options is not None else None)
+        if not answers:
+            raise Interrupted(f"{url}: no answer")
+        return place
+
+    monkeypatch.setattr(store_folder, "folder_at", folder_at)
+    monkeypatch.setattr(job_entry, "run", lambda words: 0)
+    endpoint = ["data.endpoint_url=http://10.0.0.9:8333"]
+    config = load_config(preset="smoke", overrides=[*endpoint, "data.shards=s3://bucket/set"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = ["train", "--config", str(tmp_path / "config.yaml"), "--run-dir", "s3://bucket/runs/a", "--resume"]
+    assert job_entry.main(["s3://bucket/runs/a", *words]) == 0  # the run itself has succeeded, whatever comes after it
+    said = capsys.readouterr().out
+    assert asked == ["http://10.0.0.9:8333"]
+    assert (job_files.unframed(said) is not None) == answers
+    assert answers or said.startswith(
+        "note: results and report are in s3://bucket/runs/a, and can't be read for the log: "
+    )
 
 
 def test_submitting_imports_neither_ray_nor_torch() -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ BUCKET = "sets"
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens."""
+    """Where it listens, or where what it listens on is reached from here."""
 
     port: int
 
@@ -38,8 +38,14 @@ def weed_binary() -> str | None:
 
 
 @contextlib.contextmanager
-def running_s3(folder: Path) -> Iterator[S3Server]:
-    """A server with an empty bucket ``sets``, writable by ACCESS_KEY; ends with the block."""
+def running_s3(
+    folder: Path, *, inside: Sequence[str] = (), listen: tuple[str, int] | None = None, seen_at: int | None = None
+) -> Iterator[S3Server]:
+    """A server with an empty bucket ``sets``, writable by ACCESS_KEY; ends with the block.
+
+    ``inside``: what a command begins with that is run on the server's host, where it is another one; ``listen``: address and
+    port there; ``seen_at``: the port here that leads to it.
+    """
     binary = weed_binary()
     assert binary is not None
     identity = {
@@ -52,8 +58,10 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
+    address, ports["s3.port"] = listen or ("127.0.0.1", ports["s3.port"])
     command = [
-        binary, "server", "-ip=127.0.0.1", f"-dir={folder / 'data'}", "-s3", f"-s3.config={folder / 's3.json'}",
+        *inside, binary, "server", "-ip=127.0.0.1", f"-s3.ip.bind={address}", f"-dir={folder / 'data'}", "-s3",
+        f"-s3.config={folder / 's3.json'}",
         "-master.telemetry=false", "-volume.max=16", "-master.volumeSizeLimitMB=64", "-s3.iam=false",
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-filer.localSocket={folder / 'filer.sock'}",
@@ -62,7 +70,7 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
     try:
-        server = S3Server(ports["s3.port"])
+        server = S3Server(seen_at or ports["s3.port"])
         _wait_until_up(process, server, folder / "log")
         yield server
     finally:
