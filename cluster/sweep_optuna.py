@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cluster.sweep_trials import Sweep, spec_of
 from cluster.trial_state import TrialSpec, write_specs
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 from tune_spaces.space import optuna_points, optuna_trial_values
-
-if TYPE_CHECKING:
-    from cluster.tune import Sweep
 
 PARAMS_FILE = "searcher.json"
 
@@ -30,8 +28,6 @@ def proposer(
         UserError: Optuna is not installed.
         DataError: ``searcher.json`` does not fit ``trials.json``.
     """
-    from cluster.tune import spec_of
-
     params = _read_params(folder, len(drawn))
     # A sampler that begins anew with the same seed would begin with the same draws.
     study = _study((sweep.base.tune.seed + len(params)) % 2**32)

@@ -81,8 +81,7 @@ def run_trials(
     Raises:
         UserError: no cluster, no room for even one trial, or a folder or shard set that not every node sees.
     """
-    own_cluster = has_own_cluster(base)
-    set_environment(own_cluster=own_cluster)
+    set_environment(own_cluster=has_own_cluster(base))
     from cluster.shared_folder import check_shared
     from cluster.train import connected
     from cluster.trial_workers import Crew, drive, slots_on_cluster

@@ -61,7 +61,7 @@ def tune(
         asked = load_config(preset=preset, file=config, overrides=overrides or [])
     asked = with_absolute_paths(_with_tune(asked, space=space, num_trials=num_trials))
 
-    from cluster.tune import sweep_of
+    from cluster.sweep_trials import sweep_of
 
     sweep = sweep_of(asked)
     if test:
@@ -136,7 +136,7 @@ def _run(sweep: Any, folder: Path, *, resume: bool) -> dict[str, Any]:
 
 def _print_plan(sweep: Any, *, as_json: bool) -> None:
     from cluster.sweep_plan import plan_sweep
-    from cluster.tune import check_trials, drawn_trials, specs_of
+    from cluster.sweep_trials import check_trials, drawn_trials, specs_of
 
     specs = specs_of(sweep, drawn_trials(sweep))
     check_trials(specs)

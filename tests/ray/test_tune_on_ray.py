@@ -37,7 +37,7 @@ def _medtl(*arguments: str | Path, script: tuple[str, str] | None = None) -> sub
 # A sweep's trials share a set, so none alone has a val of one class: trial 4 is given another set behind the command's back.
 _ONE_ALONE = """
 import sys
-import cluster.tune as tune
+import cluster.sweep_trials as tune
 from cluster.trial_state import TrialSpec
 from medtl_dist.cli.main import main
 

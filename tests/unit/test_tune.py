@@ -18,8 +18,9 @@ from shard_sets import write_set
 from cluster import sweep_optuna
 from cluster.sweep_folder import opened_sweep_folder
 from cluster.sweep_optuna import proposer
+from cluster.sweep_trials import drawn_trials, specs_of, sweep_of
 from cluster.trial_state import read_specs
-from cluster.tune import drawn_trials, run_sweep, specs_of, sweep_of
+from cluster.tune import run_sweep
 from medtl_dist.cli.main import run
 from medtl_dist.cli.sweep_table import Lines, line_of, screen_of, seconds_left, summary_of, table_of
 from medtl_dist.config import Config, load_config
