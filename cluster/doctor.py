@@ -234,7 +234,7 @@ def probe_step(config: Config) -> dict[str, Any]:
     from medtl_dist.run import LocalRun
     from medtl_dist.train import losses
     from medtl_dist.train.loop import train_step
-    from medtl_dist.train.session import start, train_stream
+    from medtl_dist.train.start import start, train_stream
 
     began = time.monotonic()
     try:

@@ -20,8 +20,8 @@ from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import losses
 from medtl_dist.train.loop import train_step
 from medtl_dist.train.prefix_plan import plan_groups
-from medtl_dist.train.session import plan_of, start, train_stream
 from medtl_dist.train.setup import available_cpus, open_shards
+from medtl_dist.train.start import plan_of, start, train_stream
 
 _STEPS = 3
 

@@ -80,7 +80,7 @@ def drawn_trials(sweep: Sweep) -> list[tuple[int, dict[str, Any]]]:
 
 def check_trials(specs: list[TrialSpec]) -> None:
     """Whether every trial fits the data set, without touching an image. Raises UserError or DataError naming the trial."""
-    from medtl_dist.train.session import check_inputs
+    from medtl_dist.train.start import check_inputs
 
     for spec in specs:
         try:

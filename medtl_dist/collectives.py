@@ -5,7 +5,7 @@ Everything here moves CPU tensors, so a process group needs a CPU backend (gloo,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -77,3 +77,15 @@ def raise_together(failure: MedtlError | None, *, failed: bool | None = None) ->
     known = [f for f in gather_to_all((type(failure).__name__, failure.message) if failure else None) if f is not None]
     name, message = known[0]
     raise BY_NAME.get(name, MedtlError)(message)
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """``action()`` on every rank, or the first rank's MedtlError on every rank."""
+    failure: MedtlError | None = None
+    value: T | None = None
+    try:
+        value = action()
+    except MedtlError as error:
+        failure = error
+    raise_together(failure)
+    return value  # type: ignore[return-value]

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset, describe_auc
+from medtl_dist.cli.headline import describe_auc
+from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset
 from medtl_dist.config import Config, load_config
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from medtl_dist.cli.headline import describe_auc, describe_size
 from medtl_dist.cli.progress import one_bar
 
 
@@ -14,7 +15,6 @@ def evaluate_elsewhere(
     run_dir: Path, data: str, *, split: str | None, class_map: str | None, name: str | None, as_json: bool
 ) -> None:
     """Score another set with a finished run, write its page, and print both sets' numbers side by side."""
-    from medtl_dist.cli.train import describe_auc, describe_size
     from medtl_dist.report.external import build_external_page
     from medtl_dist.train.class_map import parse_class_map
     from medtl_dist.train.external import evaluate_external

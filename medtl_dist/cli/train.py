@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medtl_dist.cli.headline import describe_auc, describe_size
 from medtl_dist.config import FROM_STAGE, Config, load_config, validate
 from medtl_dist.errors import Interrupted, UserError
 
@@ -76,7 +77,7 @@ def run_train(
     """Train in ``run_dir``, write the report, print the outcome and return the results, of a chain its index."""
     from medtl_dist.storage import parse_place
     from medtl_dist.store_folder import folder_at
-    from medtl_dist.train.session import check_inputs
+    from medtl_dist.train.start import check_inputs
 
     config = with_absolute_paths(config)
     place = parse_place(run_dir)
@@ -105,7 +106,7 @@ def run_one(
     from medtl_dist.report.build import build_report_in
     from medtl_dist.train import budget, results
     from medtl_dist.train.run_store import opened_run
-    from medtl_dist.train.session import check_same_data
+    from medtl_dist.train.start import check_same_data
 
     with opened_run(run_dir, config, resume=resume, say=lambda text: typer.echo(text, err=True)) as place:
         done = place.exists("results.json")
@@ -250,26 +251,6 @@ def print_outcome(outcome: dict[str, Any], report_path: Path | str) -> None:
     for caution in outcome["cautions"]:
         typer.echo(f"note  {caution}")
     typer.echo(f"report {report_path}")
-
-
-def describe_auc(entry: dict[str, Any]) -> str:
-    """``AUC 0.973 [0.961, 0.981] (how the interval was made)``, or why there is none."""
-    if entry["auc"] is None:
-        return f"AUC undefined ({entry['auc_undefined']})"
-    text = f"AUC {entry['auc']:.3f}"
-    if entry["auc_ci"] is not None:
-        text += f" [{entry['auc_ci'][0]:.3f}, {entry['auc_ci'][1]:.3f}]"
-    if entry.get("ci_method"):
-        text += f" ({entry['ci_method']})"
-    if entry.get("ci_warning"):
-        text += f"; {entry['ci_warning']}"
-    return text
-
-
-def describe_size(entry: dict[str, Any]) -> str:
-    groups = "" if entry.get("n_groups") is None else f" of {entry['n_groups']} patients"
-    what = "patients" if entry.get("unit") == "patient" else f"images{groups}"
-    return f"{entry['n']} {what}"
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -65,7 +65,7 @@ def tune(
 
     sweep = sweep_of(asked)
     if test:
-        from medtl_dist.train.session import check_inputs
+        from medtl_dist.train.start import check_inputs
 
         check_inputs(asked, open_test=True)  # told before the sweep, not after it
     if dry_run:

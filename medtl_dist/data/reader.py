@@ -99,7 +99,7 @@ class TrainPass:
     def view(self, image: Image, key: bytes) -> Image:
         """What the model sees of a sample in this epoch."""
         number = self.epoch if self.views is None else view_of(key, self.epoch, self.views)
-        return self.transform(image, augment_draws(self.seed, number, key))
+        return self.transform(image, augment_draws(self.seed, number, key, self.transform.num_draws))
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class RowsPass:
             return self.transform(image)
         assert self.shown is not None
         seed, epoch, views = self.shown
-        return self.transform(image, augment_draws(seed, view_of(key, epoch, views), key))
+        return self.transform(image, augment_draws(seed, view_of(key, epoch, views), key, self.transform.num_draws))
 
     def _numbers(self) -> range:
         return range(self.start // self.batch_size, -(-self.stop // self.batch_size))

@@ -72,6 +72,11 @@ class TrainTransform:
     stain_jitter: float = 0.0
     stain_model: StainModel = "hematoxylin_eosin"
 
+    @property
+    def num_draws(self) -> int:
+        """How many draws an image takes: those of slides come after the others, and cost as much again."""
+        return NUM_DRAWS if self.right_angles or self.stain_jitter > 0 else _BLOCK_DRAWS
+
     def __call__(self, image: Image, draws: Draws) -> Image:
         left, top, width, height = _frame(image, self.mode)
         # One draw per knob whether it is on or not: turning a knob leaves the others' randomness alone.
@@ -98,11 +103,13 @@ class TrainTransform:
         return _channels_first(shown)
 
 
-def augment_draws(seed: int, epoch: int, key: bytes) -> Draws:
-    """float64 [16] uniform in [0, 1): those of a sample's view, the same on every machine and version.
+def augment_draws(seed: int, epoch: int, key: bytes, num: int = NUM_DRAWS) -> Draws:
+    """float64 [``num``] uniform in [0, 1), 8 or 16: those of a sample's view, the same on every machine and version.
 
     ``epoch``: or the number of the view, where the views of an image are numbered."""
-    return np.concatenate([draws_of(seed, epoch, key, block) for block in range(NUM_DRAWS // _BLOCK_DRAWS)])
+    if num == _BLOCK_DRAWS:
+        return draws_of(seed, epoch, key, 0)
+    return np.concatenate([draws_of(seed, epoch, key, block) for block in range(num // _BLOCK_DRAWS)])
 
 
 def view_of(key: bytes, epoch: int, views: int) -> int:

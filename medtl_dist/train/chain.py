@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from medtl_dist.config import FROM_STAGE, Config, Stage, stages_of
 from medtl_dist.run import Folder
 from medtl_dist.train import checkpoint, results
-from medtl_dist.train.session import check_inputs
 from medtl_dist.train.setup import open_shards
+from medtl_dist.train.start import check_inputs
 
 SCHEMA_VERSION = 1
 CHAIN_FILE = "chain.json"

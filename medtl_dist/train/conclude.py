@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from medtl_dist import collectives
+from medtl_dist.collectives import agreed
 from medtl_dist.data.subset import epochs_fixed
 from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.prefix_cache import kept_val
-from medtl_dist.train.session import Session, agreed
+from medtl_dist.train.session import Session
 from medtl_dist.train.state import best_row, disk_error
 
 

@@ -29,8 +29,8 @@ from medtl_dist.train.chain import TrainOne, read_json, write_json
 from medtl_dist.train.evaluate import predictions_table, score_split
 from medtl_dist.train.fold_results import HELD_OUT_FILE, write_results
 from medtl_dist.train.run_folder import read_config
-from medtl_dist.train.session import check_inputs
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads, storage_of
+from medtl_dist.train.start import check_inputs
 
 PLAN_FILE = "folds.json"
 MAX_REPEATS = 100

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medtl_dist import collectives
+from medtl_dist.collectives import agreed
 from medtl_dist.config import Config
 from medtl_dist.data.label_sets import UNKNOWN
 from medtl_dist.data.stream import Batch
@@ -29,8 +30,9 @@ from medtl_dist.train.conclude import conclude
 from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.prefix import boundary_of
 from medtl_dist.train.prefix_cache import kept_train, kept_val
-from medtl_dist.train.session import Session, agreed, start, train_stream
+from medtl_dist.train.session import Session
 from medtl_dist.train.setup import average_buffers
+from medtl_dist.train.start import start, train_stream
 from medtl_dist.train.state import best_row, due, save
 from medtl_dist.train.stragglers import watch
 from medtl_dist.train.unfreeze import unfreeze

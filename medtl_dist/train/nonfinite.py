@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from medtl_dist import collectives
 from medtl_dist.errors import TrainingError
-
-if TYPE_CHECKING:
-    from medtl_dist.train.session import Session
+from medtl_dist.train.session import Session
 
 _NAMED = 8  # keys in a message; the log has them all
 

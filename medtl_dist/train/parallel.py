@@ -14,8 +14,8 @@ from medtl_dist.data.plan import EpochPlan
 from medtl_dist.errors import UserError
 from medtl_dist.models.normalise import normalise
 from medtl_dist.run import Run
+from medtl_dist.train.network import Network
 from medtl_dist.train.prefix import FromBoundary, Prefix
-from medtl_dist.train.setup import Network
 
 
 def wrap(config: Config, network: Network, channels: int, own_batch: int, prefix: Prefix | None = None) -> nn.Module:

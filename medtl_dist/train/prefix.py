@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,8 @@ from medtl_dist.models.normalise import Normalisation, normalise
 from medtl_dist.models.registry import BackboneSpec, has_prefix
 from medtl_dist.models.split import Split, split
 from medtl_dist.train import mixing
+from medtl_dist.train.network import Network
 from medtl_dist.train.precision import Precision
-
-if TYPE_CHECKING:
-    from medtl_dist.train.setup import Network
 
 ROWS = {
     "cpu": 8,

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
-import json
 import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,35 +31,18 @@ from medtl_dist.errors import Interrupted, MedtlError, UserError
 from medtl_dist.models.registry import BackboneSpec
 from medtl_dist.models.split import between
 from medtl_dist.run import Signal
+from medtl_dist.train.network import Network
 from medtl_dist.train.prefix import Prefix, boundary_of, in_rows, prefix_of, weights_digests
-from medtl_dist.train.prefix_store import FORMAT_VERSION, Entry, Shape, Store
-from medtl_dist.train.setup import Network, train_transform_of
-
-if TYPE_CHECKING:
-    from medtl_dist.train.session import Session
+from medtl_dist.train.prefix_lookup import PrefixCache
+from medtl_dist.train.prefix_store import FORMAT_VERSION, Entry, Shape
+from medtl_dist.train.session import Session
+from medtl_dist.train.setup import train_transform_of
 
 CHUNK_ROWS = 256  # a multiple of every Prefix.rows; half a minute of ResNet101 on two cores
 _WAIT_S = 0.05
 _READ_BYTES_PER_S = 1e9
 _WRITE_BYTES_PER_S = 3e8
 _MIB = 2**20
-
-
-@dataclass
-class PrefixCache:
-    """One rank's way to the entries of its training; ``held`` are those that this process has open."""
-
-    store: Store
-    prefix: Prefix
-    lineage: dict[str, Any]
-    digests: list[str]
-    held: dict[str, Entry]
-
-    def name(self, shown: Mapping[str, Any], depth: int | None = None) -> str:
-        """The name of the entry at ``depth`` (None: this training's) of what ``shown`` says."""
-        depth = depth or self.prefix.depth
-        told = self.lineage | {"depth": depth, "weights": self.digests[depth - 1], "shown": dict(shown)}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def cache_of(session: Session) -> PrefixCache | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medtl_dist import collectives
+from medtl_dist.collectives import agreed
 from medtl_dist.config import Config
 from medtl_dist.data.shards import Dataset
 from medtl_dist.errors import DataError, MedtlError, UserError
@@ -12,7 +13,6 @@ from medtl_dist.run import LocalRun
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Predictions, score_split
 from medtl_dist.train.run_store import read_config_in
-from medtl_dist.train.session import agreed
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
 from medtl_dist.train.state import disk_error
 

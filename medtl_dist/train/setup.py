@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,8 @@ from medtl_dist.sections import Model
 from medtl_dist.storage import StorageOptions
 from medtl_dist.train import mixing
 from medtl_dist.train.evaluate import Scorer
-from medtl_dist.train.precision import Precision, resolve
+from medtl_dist.train.network import Network
+from medtl_dist.train.precision import resolve
 from medtl_dist.train.prefix import prefix_of
 
 TASKS = ("binary", "multiclass", TASK)
@@ -44,21 +44,6 @@ class Shape(Protocol):
 
     @property
     def channels(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Network:
-    """A model on its device, frozen as asked, with what surrounds it; ``message`` and ``weights`` say where they are from."""
-
-    model: nn.Module
-    spec: BackboneSpec
-    frozen_depth: int
-    normalisation: Normalisation
-    image_size_px: int
-    precision: Precision
-    message: str
-    weights: str
-    weights_sha256: str | None
 
 
 def open_shards(config: Config) -> Dataset:

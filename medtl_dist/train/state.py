@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from medtl_dist.errors import MedtlError, TrainingError, UserError
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint
 from medtl_dist.train.nonfinite import check_weights
+from medtl_dist.train.session import Session
 from medtl_dist.train.setup import preprocessing_of
-
-if TYPE_CHECKING:
-    from medtl_dist.train.session import Session
 
 Saved = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # what checkpoint.load returns
 

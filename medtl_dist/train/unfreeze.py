@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from typing import TYPE_CHECKING
 
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
@@ -13,9 +12,7 @@ from medtl_dist.models.freezing import freeze, resolve_depth
 from medtl_dist.models.registry import BackboneSpec
 from medtl_dist.train.optim import carry_over, create_optimizer, parameter_groups
 from medtl_dist.train.parallel import own_batch_of, wrap
-
-if TYPE_CHECKING:
-    from medtl_dist.train.session import Session
+from medtl_dist.train.session import Session
 
 
 def depth_at(config: Config, spec: BackboneSpec, epoch: int) -> int:

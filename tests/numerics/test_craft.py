@@ -26,7 +26,8 @@ from medtl_dist.train import checkpoint, loop, optim, setup, unfreeze
 from medtl_dist.train.clock import ACTIVITIES
 from medtl_dist.train.evaluate import score_split, views_of
 from medtl_dist.train.loop import fit
-from medtl_dist.train.session import Session, start
+from medtl_dist.train.session import Session
+from medtl_dist.train.start import start
 
 
 @pytest.fixture(scope="module")

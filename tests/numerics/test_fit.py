@@ -28,7 +28,7 @@ from medtl_dist.run import Folder, LocalRun, Run, Signal
 from medtl_dist.train import checkpoint
 from medtl_dist.train.evaluate import score_split
 from medtl_dist.train.loop import close_epoch, fit, train_epoch
-from medtl_dist.train.session import start
+from medtl_dist.train.start import start
 
 _NUMBERS = ("epoch", "train_loss", "lr", "val_auc", "val_loss", "val_average_precision", "checkpoint")
 

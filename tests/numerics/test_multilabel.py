@@ -34,7 +34,7 @@ from medtl_dist.train.evaluate import binary_cross_entropy
 from medtl_dist.train.loop import fit
 from medtl_dist.train.losses import loss_sum, loss_weight, positive_weights_of
 from medtl_dist.train.rescore import evaluate_run
-from medtl_dist.train.session import _class_weights, check_inputs
+from medtl_dist.train.start import _class_weights, check_inputs
 
 NAMES = ("a", "b", "c")
 

@@ -21,7 +21,7 @@ from medtl_dist.errors import Interrupted, TrainingError
 from medtl_dist.run import Folder
 from medtl_dist.train import checkpoint, losses, nonfinite
 from medtl_dist.train.loop import fit, train_epoch
-from medtl_dist.train.session import start
+from medtl_dist.train.start import start
 from medtl_dist.train.state import save
 
 

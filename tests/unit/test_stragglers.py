@@ -21,7 +21,8 @@ from medtl_dist.train import clock as clock_module
 from medtl_dist.train import losses, stragglers
 from medtl_dist.train.clock import Clock, DeviceTime
 from medtl_dist.train.loop import fit, train_step
-from medtl_dist.train.session import Session, start, train_stream
+from medtl_dist.train.session import Session
+from medtl_dist.train.start import start, train_stream
 from medtl_dist.train.stragglers import OwnTime, slow_ranks, slowness
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from example_sweep import write_example, write_trials
+from html_page import Page
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_report import Page
 
 from medtl_dist.config import load_config
 from medtl_dist.errors import DataError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -318,6 +319,19 @@ def test_draws_are_a_pure_function_of_seed_epoch_and_key() -> None:
     assert first.tolist()[:2] == GOLDEN_DRAWS
     others: list[tuple[int, int, bytes]] = [(2, 2, bytes(range(16))), (1, 3, bytes(range(16))), (1, 2, bytes(16))]
     assert all(not np.array_equal(first, augment_draws(*other)) for other in others)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"right_angles": True}, {"stain_jitter": 0.3}, {"rotation_deg": 9.0, "hflip": True}]
+)
+def test_only_the_draws_that_a_view_takes_are_made_and_they_are_the_same(knobs: dict[str, Any]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (140, 150, 3), dtype=np.uint8)
+    transform = TrainTransform(32, crop_area_min=0.1, **knobs)
+    few = [augment_draws(3, epoch, b"k" * 16, transform.num_draws) for epoch in range(8)]
+    for epoch, taken in enumerate(few):
+        assert np.array_equal(taken, augment_draws(3, epoch, b"k" * 16)[: len(taken)])
+        assert np.array_equal(transform(image, taken), transform(image, augment_draws(3, epoch, b"k" * 16)))
+    assert len({transform(image, taken).tobytes() for taken in few}) == 8
 
 
 GOLDEN_DRAWS = [0.09223482428821339, 0.7089065205140226]
