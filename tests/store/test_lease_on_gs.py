@@ -6,6 +6,7 @@ Against the emulator with the condition added (``gs_emulator``), and with it lef
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -42,9 +43,8 @@ _made_for = itertools.count()  # an environment of its own for each test
 
 @contextlib.contextmanager
 def running(folder: Path, *words: str) -> Iterator[str]:
-    pytest.importorskip(
-        "gcp_storage_emulator", reason="no emulator of Google's storage: pip install gcp-storage-emulator"
-    )
+    if importlib.util.find_spec("gcp_storage_emulator") is None:
+        pytest.skip("no emulator of Google's storage: pip install gcp-storage-emulator")
     [port] = free_ports(1)
     command = [sys.executable, str(Path(__file__).with_name("gs_emulator.py")), str(port), *words]
     with (folder / "log").open("wb") as log:
@@ -73,7 +73,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def store(emulator: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StoreFolder:
     monkeypatch.setenv(EMULATOR, emulator)
-    monkeypatch.setattr("medtl_dist.create_only.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(create_only, "time", SimpleNamespace(sleep=lambda seconds: None))  # its own pauses alone
     return store_folder(f"gs://sets/{request.node.name[:30]}/a run+1", OPTIONS)
 
 
