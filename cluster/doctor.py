@@ -46,7 +46,7 @@ def here(config: Config | None, store: str | None, *, manifest: str | None = Non
         checks.shared_memory("this machine", shm_bytes()),
     ]
     if store is not None:
-        failure = probe_store(store)
+        failure = probe_store(store, config)
         findings.append(checks.stores(store, {"this machine": failure} if failure else {}, [], ["this machine"]))
     if config is not None:
         findings += [
@@ -75,12 +75,12 @@ def nodes(config: Config | None, store: str | None, *, step: bool = False) -> li
     with connected(joined):
         alive = [node for node in ray.nodes() if node["Alive"]]
         marker = f"doctor-{uuid.uuid4().hex}"
-        failure = "" if store is None else _write_marker(store, marker)
+        failure = "" if store is None else _write_marker(store, marker, config)
         try:
             rows = {_name(node): _asked(node, tree, store, marker) for node in alive}
         finally:
             if store is not None and not failure:
-                Folder.at_url(store).delete(marker)
+                _place(store, config).delete(marker)
         findings = _node_findings(rows, config)
         if store is not None:
             failures = ({"the driver": failure} if failure else {}) | {
@@ -144,13 +144,14 @@ def probe_node(tree: dict[str, Any] | None, store: str | None, marker: str) -> d
     """Facts of the node that this runs on, as plain values."""
     from medtl_dist.config import validate
 
+    config = None if tree is None else validate(tree)
     return {
         "versions": installed_versions(),
         "gpus": gpu_facts(),
         "shm": shm_bytes(),
-        "store": "" if store is None else probe_store(store),
-        "seen": True if store is None else _seen(store, marker),
-        "shards": None if tree is None else probe_shards(validate(tree)),
+        "store": "" if store is None else probe_store(store, config),
+        "seen": True if store is None else _seen(store, marker, config),
+        "shards": None if config is None else probe_shards(config),
     }
 
 
@@ -175,13 +176,22 @@ def shm_bytes() -> int | None:
     return facts.f_blocks * facts.f_frsize
 
 
-def probe_store(url: str) -> str:
+def _place(url: str, config: Config | None) -> Folder:
+    """The store, reached as a run of this config would reach it. Raises MedtlError or OSError."""
+    if config is None:
+        return Folder.at_url(url)
+    from medtl_dist.train.setup import storage_of
+
+    return Folder.at_url(url, storage_of(config))
+
+
+def probe_store(url: str, config: Config | None = None) -> str:
     """Write, read and delete a small file; "" where that works, else why not."""
     name, data = f"doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
         if not parse_place(url).remote and not os.path.isdir(url):
             return "no such folder"  # which writing would make, on a node that does not mount the volume
-        folder = Folder.at_url(url)
+        folder = _place(url, config)
         folder.write(name, data)
         same = folder.read(name) == data
         folder.delete(name)
@@ -192,17 +202,17 @@ def probe_store(url: str) -> str:
     return "" if same else "what was written is not what is read"
 
 
-def _write_marker(store: str, marker: str) -> str:
+def _write_marker(store: str, marker: str, config: Config | None) -> str:
     """Leave a file for the nodes to see; "" where that works, else why not."""
-    failure = probe_store(store)
+    failure = probe_store(store, config)
     if not failure:
-        Folder.at_url(store).write(marker, b"")
+        _place(store, config).write(marker, b"")
     return failure
 
 
-def _seen(store: str, marker: str) -> bool:
+def _seen(store: str, marker: str, config: Config | None) -> bool:
     try:
-        return Folder.at_url(store).exists(marker)
+        return _place(store, config).exists(marker)
     except (OSError, MedtlError):
         return False
 

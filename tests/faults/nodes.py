@@ -22,10 +22,10 @@ T = TypeVar("T")
 _MARK = "MEDTL_TEST_MARK"
 
 
-def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = 90.0) -> T:
+def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = 90.0, every_s: float = 0.02) -> T:
     """What ``look`` returns once it is not None or False. Looks all the time: a fault belongs at a certain step."""
     give_up_at = time.monotonic() + timeout_s
-    pause = iter(lambda: 0.02, None)
+    pause = iter(lambda: every_s, None)
     while time.monotonic() < give_up_at:
         found = look()
         if found is not None and found is not False:
@@ -162,6 +162,8 @@ class Machine:
 class Command:
     """A training command in a process of its own."""
 
+    look_every_s = 0.02
+
     def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
         self.run_dir = run_dir
         self.process = subprocess.Popen(
@@ -188,7 +190,7 @@ class Command:
             return self.reached(step)
 
         try:
-            wait_for(f"step {step} of {self.run_dir.name}", look, timeout_s)
+            wait_for(f"step {step} of {self.run_dir.name}", look, timeout_s, self.look_every_s)
         except AssertionError as error:
             if self.process.poll() is None:
                 self.process.kill()

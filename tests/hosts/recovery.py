@@ -36,13 +36,13 @@ class Clock:
 
     def stop(self, run: Command, fault: str, plain: str = "-") -> None:
         """Waits for the run to say that it goes on. ``plain``: what the same cost plain Ray Train."""
-        said = wait_for("resumption", lambda: _resumed(run.log())[self.before :], 200)[0]
+        said = wait_for("resumption", lambda: _resumed(run.log())[self.before :] or None, 200, run.look_every_s)[0]
         self.rows.append(Recovery(fault, max(0.0, said - self.since), plain))
 
 
 def _resumed(log: bytes) -> list[float]:
     """When trainings that went on said so, which is earlier than a log in a store shows it."""
-    rows = [json.loads(line) for line in log.splitlines()]
+    rows = [json.loads(line) for line in log[: log.rfind(b"\n") + 1].splitlines()]  # the last line may still be written
     notes = [row for row in rows if row.get("kind") == "note" and "resumed" in row["text"]]
     return [datetime.fromisoformat(row["time"]).timestamp() for row in notes]
 

@@ -57,6 +57,8 @@ class Outside:
 class SubmittedRun(Command):
     """The client's process, and the run that it waits for."""
 
+    look_every_s = 0.3  # each look is a few requests, and the machine has little to spare
+
     def __init__(self, command: list[str], environment: dict[str, str], out: Path, folder: StoreFolder) -> None:
         super().__init__(command, environment, out)
         self.folder = folder

@@ -14,11 +14,12 @@ from job_server import TOKEN, fake_job_server
 from shard_sets import write_set
 
 from cluster import doctor_checks as checks
-from cluster.doctor import here, parsed_findings, probe_shards, probe_step, probe_store
+from cluster.doctor import here, parsed_findings, probe_node, probe_shards, probe_step, probe_store
 from cluster.doctor_checks import FAILED, OK, WARNING, Finding
 from medtl_dist.cli.main import run
 from medtl_dist.config import load_config
 from medtl_dist.errors import DataError, UserError
+from medtl_dist.storage import Folder, StorageOptions
 
 
 def test_versions_that_differ_name_place_and_version() -> None:
@@ -108,6 +109,22 @@ def test_storage_is_tried_and_left_clean(tmp_path: Path) -> None:
     assert probe_store(str(tmp_path / "none")) == "no such folder"
     assert not (tmp_path / "none").exists()
     assert "pipe" in probe_store("pipe:rm -rf x")
+
+
+def test_storage_is_reached_as_the_config_says_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def at_url(url: str, options: StorageOptions | None = None) -> Folder:
+        asked.append(options.endpoint_url if options is not None else None)
+        return Folder.local(tmp_path)
+
+    monkeypatch.setattr(Folder, "at_url", at_url)
+    config = load_config(preset="smoke", overrides=["data.endpoint_url=http://10.0.0.9:8333"])
+    row = probe_node(config.model_dump(mode="json"), "s3://bucket/medtl", "marker")
+    assert row["store"] == ""
+    assert not row["seen"]  # nobody has left the marker
+    assert probe_store("s3://bucket/medtl") == ""
+    assert asked == ["http://10.0.0.9:8333"] * 2 + [None]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
