@@ -157,7 +157,7 @@ def _google(made_for: tuple[object, ...], timeout_s: float) -> tuple[Any, Any, _
         import google.auth.exceptions
         import google.auth.transport.urllib3
     except ImportError:
-        raise UserError("run folders on gs:// need google-auth: pip install google-auth.") from None
+        raise UserError("run folders on gs:// need google-auth: pip install 'medtl_dist[gs]'.") from None
     request = google.auth.transport.urllib3.Request(pool)
     try:
         credentials, _ = google.auth.default(scopes=[_GOOGLE_SCOPE], request=request)

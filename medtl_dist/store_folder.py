@@ -124,7 +124,11 @@ class StoreFolder(Folder):
         return self._tried(lambda: self.fs.get_file_info(self.at(name)), name, "read")
 
     def names(self, name: str = "") -> list[str]:
-        return self._tried(lambda: Folder.names(self, name), name, "listed")
+        if self.place.scheme != "gs":
+            return self._tried(lambda: Folder.names(self, name), name, "listed")
+        # Arrow lists folders of Google's storage only where an object of a folder's name was made for them; files it lists.
+        above = f"{self.at(name) if name else self.path}/"
+        return sorted({info.path.removeprefix(above).partition("/")[0] for info in self.files(name)})
 
     def files(self, name: str = "") -> list[pafs.FileInfo]:
         """All files below ``name``, however deep."""
