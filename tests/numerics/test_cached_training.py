@@ -79,8 +79,8 @@ def _watched():
     seen: list[tuple[float, tuple[str, ...], bool]] = []
     step = loop.train_step
 
-    def watched(session, batch, weight):
-        loss, applied = step(session, batch, weight)
+    def watched(session, batch, weight, *more):
+        loss, applied = step(session, batch, weight, *more)
         seen.append((float(loss), tuple(batch.keys), batch.at_boundary))
         return loss, applied
 

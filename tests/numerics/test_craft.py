@@ -50,8 +50,8 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(
     seen: list[dict[str, np.ndarray]] = []
     step = loop.train_step
 
-    def watched(session, batch, weight):
-        loss = step(session, batch, weight)
+    def watched(session, batch, weight, *more):
+        loss = step(session, batch, weight, *more)
         seen.append({name: t.double().numpy().copy() for name, t in session.network.model.state_dict().items()})
         return loss
 
