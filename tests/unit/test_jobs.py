@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -579,11 +580,17 @@ def test_the_entrypoint_reaches_the_store_as_the_run_did(
         return place
 
     monkeypatch.setattr(store_folder, "folder_at", folder_at)
-    monkeypatch.setattr(job_entry, "run", lambda words: 0)
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: list[str]) -> int:
+        os.chdir("/")  # as Ray does
+        return 0
+
+    monkeypatch.setattr(job_entry, "run", run)
     endpoint = ["data.endpoint_url=http://10.0.0.9:8333"]
     config = load_config(preset="smoke", overrides=[*endpoint, "data.shards=s3://bucket/set"])
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    words = ["train", "--config", str(tmp_path / "config.yaml"), "--run-dir", "s3://bucket/runs/a", "--resume"]
+    words = ["train", "--config", "config.yaml", "--run-dir", "s3://bucket/runs/a", "--resume"]
     assert job_entry.main(["s3://bucket/runs/a", *words]) == 0  # the run itself has succeeded, whatever comes after it
     said = capsys.readouterr().out
     assert asked == ["http://10.0.0.9:8333"]
