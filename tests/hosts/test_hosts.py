@@ -19,12 +19,6 @@ from recovery import AT_STEP, Clock, host_with_a_worker
 pytestmark = pytest.mark.ray
 
 
-def _whole(run: Command, undisturbed: Path) -> None:
-    code, errors = run.finish()
-    assert code == 0, errors
-    assert_same_bits(undisturbed, run.run_dir)
-
-
 def _command_itself(run: Command) -> int:
     """The process that nsenter started."""
     return wait_for("the driver", lambda: next(iter(tree(run.process.pid)), None))
@@ -56,7 +50,9 @@ def test_a_worker_then_the_driver_then_the_head_are_lost(
         network.power_on(network.hosts[number], cpus=min(number, 1))
     run = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
     clock.stop(run, "head lost, cluster made anew, the same command again")
-    _whole(run, undisturbed)
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert_same_bits(undisturbed, run.run_dir)
 
 
 def test_a_node_is_drained_then_the_cable_of_another_is_cut(
@@ -79,7 +75,9 @@ def test_a_node_is_drained_then_the_cable_of_another_is_cut(
     network.plug(cut, plugged=False)
     network.power_on(leaving, cpus=1)
     clock.stop(run, "link down, another node joins", "113")
-    _whole(run, undisturbed)
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert_same_bits(undisturbed, run.run_dir)
     network.power_off(cut)
 
 

@@ -6,10 +6,6 @@ credentials, so these tests go without.
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import put
 from epochs import epoch_of, same, scores_of
+from gs_server import running_emulator
 from s3_server import free_ports
 
 from medtl_dist.data.shards import Dataset, open_dataset, read_split
@@ -27,30 +24,6 @@ from medtl_dist.storage import Folder, StorageOptions
 
 pytestmark = pytest.mark.store
 STORAGE = StorageOptions(anonymous=True, timeout_s=2.0, retries=1)
-
-
-@contextlib.contextmanager
-def running_emulator(folder: Path) -> Iterator[str]:
-    """Its address, with an empty bucket ``sets``; ends with the block."""
-    program = Path(sys.executable).with_name("gcp-storage-emulator")
-    if not program.exists():
-        pytest.skip("no emulator of Google's storage: pip install gcp-storage-emulator")
-    [port] = free_ports(1)
-    command = [str(program), "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=sets"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

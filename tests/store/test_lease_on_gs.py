@@ -5,13 +5,9 @@ Against the emulator with the condition added (``gs_emulator``), and with it lef
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import itertools
 import json
 import multiprocessing
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,8 +20,8 @@ import pytest
 import urllib3
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from gs_server import running_emulator
 from lease_racer import race
-from s3_server import free_ports
 
 from medtl_dist import create_only
 from medtl_dist.cli.main import run
@@ -41,32 +37,9 @@ OPTIONS = StorageOptions(timeout_s=5.0, retries=1)
 _made_for = itertools.count()  # an environment of its own for each test
 
 
-@contextlib.contextmanager
-def running(folder: Path, *words: str) -> Iterator[str]:
-    if importlib.util.find_spec("gcp_storage_emulator") is None:
-        pytest.skip("no emulator of Google's storage: pip install gcp-storage-emulator")
-    [port] = free_ports(1)
-    command = [sys.executable, str(Path(__file__).with_name("gs_emulator.py")), str(port), *words]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder)
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
-        while True:
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                urllib3.request("GET", url, retries=False)
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running(tmp_path_factory.mktemp("gs")) as url:
+    with running_emulator(tmp_path_factory.mktemp("gs")) as url:
         yield url
 
 
@@ -92,8 +65,13 @@ def test_of_processes_at_once_one_gets_the_lease(store: StoreFolder) -> None:
     assert [name for name in store.names(".lease") if not name.isdigit()] == []
 
 
+def test_what_is_there_already_is_another_ones_whatever_it_says(store: StoreFolder) -> None:
+    assert create_only.create(store, "mine", b"the same") is True
+    assert create_only.create(store, "mine", b"the same") is False
+
+
 def test_a_store_that_ignores_the_condition_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(tmp_path, "ignore") as url:
+    with running_emulator(tmp_path, "ignore") as url:
         monkeypatch.setenv(EMULATOR, url)
         store = store_folder("gs://sets/run", OPTIONS)
         with pytest.raises(UserError, match="ignores ifGenerationMatch"), held_lease(store, owner="a", ttl_s=60):

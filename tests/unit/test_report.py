@@ -13,7 +13,7 @@ import pytest
 from example_run import write_run
 
 # Shrinking a page that takes 0.1 s would take minutes; a name that breaks it is readable as it is.
-from html_page import VOID, Page, page_of, results_of, rewrite
+from html_page import VOID, Page, copied_run, page_of, results_of, rewrite
 
 from medtl_dist.report import flow, schema
 from medtl_dist.report.build import build_report
@@ -31,10 +31,7 @@ def binary_page(binary: Path) -> Page:
 
 @pytest.fixture
 def copy(binary: Path, tmp_path: Path) -> Path:
-    """The binary run once more, to be changed."""
-    for name in ("config.yaml", "results.json", "history.parquet"):
-        (tmp_path / name).write_bytes((binary / name).read_bytes())
-    return tmp_path
+    return copied_run(binary, tmp_path)
 
 
 # ---- what it says

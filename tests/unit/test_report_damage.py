@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from example_run import write_run
-from html_page import VOID, Page, page_of, results_of, rewrite
+from html_page import VOID, Page, copied_run, page_of, results_of, rewrite
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -40,10 +40,7 @@ def binary_page(binary: Path) -> Page:
 
 @pytest.fixture
 def copy(binary: Path, tmp_path: Path) -> Path:
-    """The binary run once more, to be changed."""
-    for name in ("config.yaml", "results.json", "history.parquet"):
-        (tmp_path / name).write_bytes((binary / name).read_bytes())
-    return tmp_path
+    return copied_run(binary, tmp_path)
 
 
 # ---- self-contained and safe
