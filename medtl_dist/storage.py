@@ -371,6 +371,10 @@ class Folder:
         if isinstance(self.fs, pafs.LocalFileSystem):  # a store has no folders, only names with slashes
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
 
+    def part(self, name: str) -> Folder:
+        """The folder ``name`` in this one: a part of what this one holds."""
+        return Folder(self.fs, self.at(name))
+
     def exists(self, name: str) -> bool:
         return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 

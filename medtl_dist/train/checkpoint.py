@@ -70,13 +70,25 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 def verify(folder: Folder, step: int) -> dict[str, bytes]:
     """The files of a checkpoint, each checked against the manifest. Raises DataError naming the file that fails."""
+    return _verified(folder, step)[1]
+
+
+def weights_name(folder: Folder, step: int) -> str:
+    """The name, in the run folder, of a checkpoint's weights file, its files checked. Raises as :func:`verify`."""
+    return f"{_verified(folder, step)[0]}/model.safetensors"
+
+
+def _verified(folder: Folder, step: int) -> tuple[str, dict[str, bytes]]:
+    """The checkpoint's folder and files; in a store the highest fence's of those that verify."""
     if not folder.remote:
-        return _verify(folder, f"checkpoints/{_name(step, None)}")
+        place = f"checkpoints/{_name(step, None)}"
+        return place, _verify(folder, place)
     failure: DataError | None = None
     for fence, found in sorted(_listed(folder), reverse=True):
         if found == step:
+            place = f"checkpoints/{_name(step, fence or None)}"
             try:
-                return _verify(folder, f"checkpoints/{_name(step, fence or None)}")
+                return place, _verify(folder, place)
             except DataError as error:
                 failure = failure or error
     raise failure or DataError(f"{folder.url}/checkpoints/{_name(step, None)}: there is no such checkpoint")
