@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -106,15 +107,22 @@ def test_a_worker_is_told_whose_lease_it_writes_under(whole: StoreFolder, monkey
         def __init__(self, folder: StoreFolder, attempt: str) -> None:
             seen.append(folder)
 
+    class _Attempt:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def run(self, payload: dict[str, Any]) -> dict[str, Any]:
+            return ray_train.work(payload | {"attempt": "attempt-1"})
+
     monkeypatch.setattr(ray_train, "RayRun", _Run)
+    monkeypatch.setattr(ray_train, "Attempt", _Attempt)
+    monkeypatch.setattr(ray_train, "connected", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(ray_train, "check_shared", lambda *given: None)
+    monkeypatch.setattr(ray_train, "_use_gpu", lambda config: False)
     monkeypatch.setattr(ray_train, "budgeted", lambda run: run)
     monkeypatch.setattr(ray_train, "fit", lambda *given, **named: None)
     monkeypatch.setattr(ray_train, "folder_at", store_folder.store_folder)
-    payload = {
-        "config": load_config().model_dump(mode="json"), "folder": f"{WHOLE}/stages/2-b", "fence": 1, "leased_at": WHOLE,
-        "open_test": False, "attempt": "attempt-1",
-    }  # fmt: skip
-    assert ray_train.work(payload)["error"] == ""
+    ray_train.train_on_ray(load_config(), fenced(whole, 1).part("stages/2-b"))
     assert (seen[0].url, seen[0].leased_at, seen[0].fence) == (f"{WHOLE}/stages/2-b", WHOLE, 1)
 
 
