@@ -145,12 +145,7 @@ class Store:
         return path if inside else self.at(str(pure))
 
     def place_weights(self, weights: str) -> str:
-        """``model.weights``; a file must lie in a mounted store. Raises UserError."""
+        """``model.weights``; a file lies in the store, or at an address. Raises UserError."""
         if not weights.endswith((".pth", ".pt", ".safetensors")):
             return weights  # imagenet, random
-        if not self.mounted:
-            raise UserError(
-                f"model.weights = {weights!r}: weights are read from a file, and pods can't see it. Put it on a volume "
-                "(--store /mnt/… with --claim)."
-            )
         return self.place("model.weights", weights)

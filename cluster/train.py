@@ -59,6 +59,7 @@ def train_on_ray(config: Config, run_folder: Path | Folder, *, open_test: bool =
             "config": config.model_dump(mode="json"),
             "folder": folder.url,
             "fence": folder.fence if isinstance(folder, StoreFolder) else None,
+            "leased_at": folder.leased_at if isinstance(folder, StoreFolder) else None,
             "open_test": open_test,
         }
         use_gpu = _use_gpu(config)  # once for all attempts: a lost node must not turn a run on GPUs into one on CPUs
@@ -186,7 +187,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         config = validate(payload["config"])
         folder = folder_at(payload["folder"], storage_of(config))
         if isinstance(folder, StoreFolder) and payload["fence"] is not None:
-            folder = fenced(folder, payload["fence"])
+            folder = fenced(folder, payload["fence"], payload["leased_at"])
         run = RayRun(folder, payload["attempt"])
         if run.rank == 0:
             notices.mark_begun(run.attempt)

@@ -162,7 +162,7 @@ class Model(Section):
     )
     weights: str = Field(
         default="imagenet",
-        description="imagenet, random, a .pth or .safetensors file, or, in a stage of transfer.stages, stage:NAME.",
+        description="imagenet, random, a .pth or .safetensors file (path, s3://, gs://), or, in a stage of a chain, stage:NAME.",
     )
     join: Literal["concat", "serial"] | None = Field(
         default=None,

@@ -387,6 +387,10 @@ class Folder:
         else:
             _sync(os.path.dirname(target))
 
+    def part(self, name: str) -> Folder:
+        """The folder ``name`` in this one: a part of what this one holds."""
+        return Folder(self.fs, self.at(name))
+
     def exists(self, name: str) -> bool:
         return self.fs.get_file_info(self.at(name)).type != pafs.FileType.NotFound
 

@@ -54,12 +54,14 @@ class StoreFolder(Folder):
     """A run folder on ``s3://`` or ``gs://``.
 
     Every method raises UserError (refused, no such bucket) or Interrupted (the store can't be reached; the same command goes
-    on later) and never OSError. ``fence``: the number of the lease under which is written; ``guard``: asked before writing.
+    on later) and never OSError. ``fence``: the number of the lease under which is written; ``leased_at``: the address of the
+    folder whose lease that is, this one or one above it; ``guard``: asked before writing.
     """
 
     place: Place
     options: StorageOptions
     fence: int | None = None
+    leased_at: str | None = None
     guard: Guard | None = field(default=None, compare=False)
     remote = True
 
@@ -80,6 +82,11 @@ class StoreFolder(Folder):
     def below(self, name: str) -> StoreFolder:
         """The folder ``name`` in this one, written without a lease."""
         return store_folder(f"{self.place.url}/{name}", self.options)
+
+    def part(self, name: str) -> StoreFolder:
+        """The folder ``name`` in this one, written under the same lease."""
+        place = parse_place(f"{self.place.url}/{name}")
+        return replace(self, path=place.path, place=place)
 
     def once(self) -> StoreFolder:
         """The folder with one try a call, for what is done again anyway or can do without."""

@@ -77,8 +77,8 @@ def run_crossval(
     from medtl_dist.train.crossval import check_crossval, cross_validate, one_after_another
     from medtl_dist.train.run_folder import opened_run_folder
 
-    def train_one(fold: Config, folder: Path, open_test: bool) -> dict[str, Any]:
-        return run_one(fold, folder, resume=True, test=open_test)[0]
+    def train_one(fold: Config, folder: Path) -> object:
+        return run_one(fold, folder, resume=True, test=False)  # a split test is never opened
 
     config = with_absolute_paths(config)
     check_crossval(config, settings)

@@ -86,7 +86,7 @@ def run_train(
     folder_at(run_dir, storage_of(config))  # without: Amazon would be asked about the bucket, in vain for minutes
     if config.transfer.stages and max_gpu_hours is not None:
         raise UserError("--max-gpu-hours with transfer.stages: give each training of a chain a limit of its own.")
-    if config.transfer.stages and isinstance(run_dir, Path):
+    if config.transfer.stages:
         return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
     outcome, report_path, done = run_one(config, run_dir, resume=resume, test=test, max_gpu_hours=max_gpu_hours)
@@ -103,58 +103,69 @@ def run_one(
     config: Config, run_dir: Path | str, *, resume: bool, test: bool, max_gpu_hours: float | None = None
 ) -> tuple[dict[str, Any], str, bool]:
     """One training with its report: its results, the report, and whether it had finished before."""
+    from medtl_dist.train.run_store import opened_run
+
+    with opened_run(run_dir, config, resume=resume, say=_say) as place:
+        return _run_in(config, place, test=test, max_gpu_hours=max_gpu_hours)
+
+
+def _run_in(
+    config: Config, place: Folder, *, test: bool, max_gpu_hours: float | None = None
+) -> tuple[dict[str, Any], str, bool]:
+    """As ``run_one``, in a run folder that is open."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report_in
     from medtl_dist.train import budget, results
-    from medtl_dist.train.run_store import opened_run
     from medtl_dist.train.start import check_same_data
 
-    with opened_run(run_dir, config, resume=resume, say=lambda text: typer.echo(text, err=True)) as place:
-        done = place.exists("results.json")
-        if done:
-            check_same_data(config, results.read_results(place), run_dir)
-            done = not test or "test" in results.read_results(place)["splits"]
-        if not done:
-            budget.limit(place, max_gpu_hours)
-            with following(place):
-                try:
-                    _train_somewhere(config, place, test=test)
-                except Interrupted:
-                    budget.raise_if_used_up(place)
-                    raise
-        report_path = build_report_in(place)
-        return results.read_results(place), report_path, done
+    done = place.exists("results.json")
+    if done:
+        check_same_data(config, results.read_results(place), place.url)
+        done = not test or "test" in results.read_results(place)["splits"]
+    if not done:
+        budget.limit(place, max_gpu_hours)
+        with following(place):
+            try:
+                _train_somewhere(config, place, test=test)
+            except Interrupted:
+                budget.raise_if_used_up(place)
+                raise
+    report_path = build_report_in(place)
+    return results.read_results(place), report_path, done
 
 
-def _run_chain(config: Config, run_dir: Path, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _run_chain(config: Config, run_dir: Path | str, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
     """A chain of trainings: each an ordinary run in a folder of its own below ``run_dir``."""
+    from medtl_dist.storage import is_remote
     from medtl_dist.train.chain import CHAIN_FILE, check_chain, train_chain
     from medtl_dist.train.compare import COMPARE_FILE, compare_transfer, describe
-    from medtl_dist.train.run_folder import opened_run_folder
+    from medtl_dist.train.run_store import opened_part, opened_run
 
-    def train_one(stage: Config, folder: Path, open_test: bool) -> dict[str, Any]:
-        outcome, report_path, done = run_one(stage, folder, resume=True, test=open_test)
+    def train_one(stage: Config, folder: Folder, open_test: bool) -> dict[str, Any]:
+        with opened_part(folder, stage) as place:
+            outcome, report_path, done = _run_in(stage, place, test=open_test)
         if done:
-            say(f"{folder} had already finished.")
+            _say(f"{folder.url} had already finished.")
         if not as_json:
             print_outcome(outcome, report_path)
         return outcome
 
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
-
-    check_chain(config, open_test=test)
-    with opened_run_folder(run_dir, config, resume=resume) as folder:
+    check_chain(config, in_store=is_remote(run_dir), open_test=test)
+    with opened_run(run_dir, config, resume=resume, say=_say) as folder:
         train = compare_transfer if config.transfer.compare else train_chain
-        outcome = train(config, folder, train_one, say=say, open_test=test)
+        outcome = train(config, folder, train_one, say=_say, open_test=test)
     if as_json:
         typer.echo(json.dumps(outcome))
     elif config.transfer.compare:
         for line in describe(outcome):
             typer.echo(line)
-        typer.echo(f"comparison {run_dir / COMPARE_FILE}")
+        typer.echo(f"comparison {folder.url}/{COMPARE_FILE}")
     else:
-        typer.echo(f"chain {run_dir / CHAIN_FILE}")
+        typer.echo(f"chain {folder.url}/{CHAIN_FILE}")
     return outcome
 
 
@@ -277,4 +288,5 @@ def _make_absolute(tree: dict[str, Any]) -> None:
     for key in ("weights", "second_weights"):
         weights = model.get(key, "random")
         if weights not in ("imagenet", "random") and not weights.startswith(FROM_STAGE):
-            model[key] = str(Path(weights).expanduser().absolute())
+            remote = "://" in weights
+            model[key] = parse_place(weights).url if remote else str(Path(weights).expanduser().absolute())

@@ -14,6 +14,7 @@ from medtl_dist.models.grey import grey_conv
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, names, native_normalisation, spec
 from medtl_dist.models.weights import find_weights, load_weights
+from medtl_dist.storage import StorageOptions
 
 __all__ = ["BackboneSpec", "Created", "check_image_size", "create_model", "names", "native_normalisation", "spec"]
 
@@ -42,6 +43,7 @@ def create_model(
     zero_init_residual: bool = False,
     image_size_px: int | None = None,
     seed: int,
+    storage: StorageOptions | None = None,
 ) -> Created:
     """Build a classifier on the CPU in float32, in train mode, nothing frozen.
 
@@ -54,7 +56,7 @@ def create_model(
         backbone: a name of `names`.
         num_outputs: outputs of the head, a new ``nn.Linear`` unless the weights file has one of that size.
         in_channels: 1 (grey) or 3 (RGB).
-        weights: "imagenet", "random", or the path of a .pth or .safetensors file.
+        weights: "imagenet", "random", or the path or address of a .pth or .safetensors file.
         normalisation: what the images will be normalised with, one value per input channel.
         keep_head: take the file's head where it has one of that size; False: a new one in any case.
         zero_init_residual: start the last norm of each residual branch at 0, so that each block starts as the identity
@@ -62,6 +64,7 @@ def create_model(
         image_size_px: side of the images, None for the backbone's own; a network with learned positions is built for it,
             and positions from a weights file are interpolated.
         seed: of the random initial values. The global random state is neither used nor changed.
+        storage: how weights at an address are reached.
 
     Raises:
         UserError: unknown backbone; weights that are missing or don't fit; ``zero_init_residual`` with weights or without
@@ -80,7 +83,7 @@ def create_model(
         raise UserError(f"model.zero_init_residual=true goes with the ResNets, not with {chosen.name}; set it to false")
     check_image_size(chosen, image_size_px or chosen.image_size_px)
     rgb, grey = _both_normalisations(chosen, normalisation)
-    file = find_weights(weights, chosen)
+    file = find_weights(weights, chosen, storage)
     model = _random_model(chosen, num_outputs, zero_init_residual, image_size_px, seed)
     if in_channels == 1:
         first_conv = model.get_submodule(chosen.first_conv)

@@ -17,6 +17,7 @@ from medtl_dist.models.registry import BackboneSpec, has_prefix, native_normalis
 from medtl_dist.models.split import _outline
 from medtl_dist.models.weights import find_weights, read_tensors
 from medtl_dist.sections import Model
+from medtl_dist.storage import StorageOptions
 
 _SECOND_STREAM = 1 << 33  # the second network's random numbers are not the first's, even where both are alike
 
@@ -88,17 +89,19 @@ def create_network_of(
     normalisation: Normalisation,
     image_size_px: int | None,
     seed: int,
+    storage: StorageOptions | None = None,
 ) -> Created:
     """The config's network with its weights, as `backbones.create_model` makes one.
 
     Of two networks each has weights of its own, ``weights`` and ``second_weights``, without their heads; where ``weights`` is
     a file of both (an earlier stage's), all comes from it, the head too where ``keep_head`` says so and it fits.
+    ``storage``: how weights at an address are reached.
 
     Raises:
         UserError: as `create_model`; two networks that can't be joined; a file of two that does not fit.
     """
     weights = model.weights
-    create = functools.partial(create_model, num_outputs=num_outputs, image_size_px=image_size_px)
+    create = functools.partial(create_model, num_outputs=num_outputs, image_size_px=image_size_px, storage=storage)
     if model.join is None:
         return create(
             model.backbone, in_channels=in_channels, weights=weights, normalisation=normalisation,
@@ -106,8 +109,8 @@ def create_network_of(
         )  # fmt: skip
     assert model.second_backbone is not None
     joined, first_spec, second_spec = spec_of(model), spec(model.backbone), spec(model.second_backbone)
-    file = find_weights(weights, first_spec)
-    whole = read_tensors(file.path) if file is not None else {}
+    file = find_weights(weights, first_spec, storage)
+    whole = read_tensors(file.path, file.data) if file is not None else {}
     if not {name.partition(".")[0] for name in whole} >= {"first", "second"}:
         whole = {}
     first = create(
@@ -117,7 +120,7 @@ def create_network_of(
     serial = model.join == "serial"
     size_px = image_size_px or (second_spec if serial else first_spec).image_size_px
     check_image_size(second_spec, size_px)
-    second = functools.partial(create_model, num_outputs=num_outputs, image_size_px=size_px)(
+    second = functools.partial(create_model, num_outputs=num_outputs, image_size_px=size_px, storage=storage)(
         model.second_backbone,
         in_channels=3 if serial else in_channels,
         weights="random" if whole else model.second_weights,

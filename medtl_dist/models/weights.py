@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Any
 
 import safetensors
@@ -22,6 +23,8 @@ from medtl_dist.models.grey import grey_from_rgb, rgb_from_grey
 from medtl_dist.models.imagenet import HUB_FILE, imagenet_file, imagenet_file_names, sha256_of, sha256_start
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, has_prefix
+from medtl_dist.models.weights_store import FROZEN_FILE, read_frozen, read_weights, sha256_of_both, step_of
+from medtl_dist.storage import StorageOptions
 
 _NESTS = ("state_dict", "model_state_dict", "model")  # where training scripts put the tensors in a checkpoint
 _HOW_TO_SAVE = "torch.save(model.state_dict(), 'weights.pth')"
@@ -31,24 +34,31 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # copied 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A local file of initial weights: where, the sha256 of its bytes (hex), and what to call it in a report."""
+    """A file of initial weights: its path or address, the sha256 of its bytes (hex), what to call it in a report; ``data``: the
+    bytes, where they were read from a store. ``frozen``: the path or bytes of what a checkpoint keeps apart; it counts in the
+    sha256."""
 
-    path: Path
+    path: Path | str
     sha256: str
     label: str
+    data: bytes | None = field(default=None, repr=False)
+    frozen: Path | bytes | None = field(default=None, repr=False)
 
 
-def find_weights(weights: str, spec: BackboneSpec) -> WeightsFile | None:
-    """The file behind ``model.weights``, None for "random". Downloads ImageNet weights that are not cached yet.
+def find_weights(weights: str, spec: BackboneSpec, storage: StorageOptions | None = None) -> WeightsFile | None:
+    """The file behind ``model.weights``, None for "random". Downloads ImageNet weights that are not cached yet; reads a file at
+    an address whole.
 
     Needs no model: call it in the driver first, so that a mistake shows before any worker starts.
 
     Args:
-        weights: "imagenet", "random" or the path of a file; its content is looked at by `load_weights`.
+        weights: "imagenet", "random" or the path or address of a file; its content is looked at by `load_weights`.
+        storage: how a store is reached.
 
     Raises:
         UserError: no such file, a folder, one that can't be opened, one that carries the name of a torchvision
             download with another content, or ImageNet weights that are neither cached nor downloadable.
+        DataError, Interrupted: as `weights_store.read_weights`.
     """
     if weights == "random":
         return None
@@ -56,6 +66,23 @@ def find_weights(weights: str, spec: BackboneSpec) -> WeightsFile | None:
         path = imagenet_file(spec)
         name = spec.hub if spec.hub and path.name == HUB_FILE else path.name
         return WeightsFile(path, sha256_of(path), f"ImageNet weights {name}")
+    file = _in_store(weights, storage) if "://" in weights else _on_disk(weights)
+    name = PurePath(file.path).name
+    if name in imagenet_file_names() and not file.sha256.startswith(sha256_start(name)):
+        raise UserError(
+            f"model.weights: {file.path} is damaged: its sha256 starts with {file.sha256[:8]}, its name says "
+            f"{sha256_start(name)}; download it again, or rename it if it is a file of your own"
+        )
+    return file
+
+
+def _in_store(address: str, storage: StorageOptions | None) -> WeightsFile:
+    data, sha256 = read_weights(address, storage)
+    frozen, its_sha256 = read_frozen(address, storage) or (None, None)
+    return WeightsFile(address, sha256_of_both(sha256, its_sha256), _label(address), data, frozen)
+
+
+def _on_disk(weights: str) -> WeightsFile:
     path = Path(weights).expanduser()
     if path.is_dir():
         raise UserError(f"model.weights: {path} is a folder; give the .safetensors or .pth file in it")
@@ -64,24 +91,20 @@ def find_weights(weights: str, spec: BackboneSpec) -> WeightsFile | None:
             f"model.weights: no file {path.absolute()}; "
             "give imagenet, random or the path of a .pth or .safetensors file"
         )
+    frozen = path.with_name(FROZEN_FILE)
+    parted = step_of(str(path.absolute())) is not None and frozen.is_file()
     try:
-        sha256 = sha256_of(path)
+        sha256 = sha256_of_both(sha256_of(path), sha256_of(frozen) if parted else None)
+        return WeightsFile(path, sha256, _label(path), frozen=frozen if parted else None)
     except OSError as error:
         raise UserError(f"model.weights: {path} can't be opened: {error.strerror}") from None
-    if path.name in imagenet_file_names() and not sha256.startswith(sha256_start(path.name)):
-        raise UserError(
-            f"model.weights: {path} is damaged: its sha256 starts with {sha256[:8]}, its name says "
-            f"{sha256_start(path.name)}; download it again, or rename it if it is a file of your own"
-        )
-    return WeightsFile(path, sha256, _label(path))
 
 
-def _label(path: Path) -> str:
+def _label(path: Path | str) -> str:
     """What to call a file that the user named, or a chain of trainings did."""
-    absolute = path.absolute()
-    if absolute.parents[1].name == "checkpoints" and absolute.parent.name.isdecimal():
-        return f"checkpoint {int(absolute.parent.name)} of run {absolute.parents[2].name}"
-    return f"weights file {path.name}"
+    place = PurePath(path if isinstance(path, str) else path.absolute())
+    step = step_of(str(place))
+    return f"weights file {place.name}" if step is None else f"checkpoint {step} of run {place.parents[2].name}"
 
 
 def load_weights(
@@ -106,7 +129,11 @@ def load_weights(
             and the backbone that they would fit), values that are NaN or infinite. The model is unchanged then.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    tensors = _without_prefix(read_tensors(file.path), expected)
+    tensors = read_tensors(file.path, file.data)
+    if file.frozen is not None:
+        place, data = (FROZEN_FILE, file.frozen) if isinstance(file.frozen, bytes) else (file.frozen, None)
+        tensors |= read_tensors(place, data)
+    tensors = _without_prefix(tensors, expected)
     tensors, remarks = _present_names(tensors, spec)
     remarks += _fit_first_conv(tensors, expected, spec, rgb, grey)
     remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec, keep_head)
@@ -121,21 +148,22 @@ def load_weights(
     return remarks
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path | str, data: bytes | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of any other one as ``torch.save`` writes it, on the CPU.
 
-    No code in the file is run: objects other than tensors and plain containers are refused.
+    No code in the file is run: objects other than tensors and plain containers are refused. ``data``: its bytes, where it is no
+    local file.
 
     Raises:
         UserError: a file that is refused, damaged, or without tensors.
     """
     try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
+        if PurePath(path).suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path) if data is None else safetensors.torch.load(data)
         else:
             with warnings.catch_warnings():  # a TorchScript file, for one: the error that follows says enough
                 warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds, by where in the file the damage is
         raise UserError(_why_unreadable(path, error)) from None
     while isinstance(content, Mapping):
@@ -150,7 +178,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
+def _why_unreadable(path: Path | str, error: Exception) -> str:
     text = str(error)
     refused = re.search(r"(?:GLOBAL|unrecognized function|unsupported class) (\S+)", text)
     if isinstance(error, pickle.UnpicklingError) and refused:
@@ -258,7 +286,7 @@ def _fit_head(
 
 
 def _refuse_misfits(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], spec: BackboneSpec, path: Path
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], spec: BackboneSpec, path: Path | str
 ) -> None:
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]

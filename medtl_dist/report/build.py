@@ -43,7 +43,9 @@ def build_report_in(folder: Folder) -> str:
         return str(build_report(folder.local_path))
     folder.expect_run()
     with fetched(folder, ("config.yaml", "results.json", "history.parquet")) as here:
-        folder.write(REPORT, build_report(here).read_bytes())
+        page = build_report(here).read_bytes()
+    if not folder.exists(REPORT) or folder.read(REPORT) != page:  # a finished run's lies there untouched
+        folder.write(REPORT, page)
     return folder.shown(REPORT)
 
 

@@ -1,10 +1,12 @@
 """fit → fit: a chain of trainings in one run folder, each an ordinary run that starts from an earlier one's best checkpoint.
 
-Who trains is asked for (in this process, on a cluster): here is only what comes after what, and from which weights.
+Who trains is asked for (in this process, on a cluster): here is only what comes after what, and from which weights. The run
+folder may lie in a store: a later stage then names its weights by their address, and whichever node needs them reads them.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from medtl_dist.config import FROM_STAGE, Config, Stage, stages_of
+from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.setup import open_shards
@@ -23,18 +26,34 @@ SCHEMA_VERSION = 1
 CHAIN_FILE = "chain.json"
 
 # Trains a config in a folder, or goes on there, or finds it finished; opens its test split where told to.
-TrainOne = Callable[[Config, Path, bool], Mapping[str, Any]]
+TrainOne = Callable[[Config, Folder, bool], Mapping[str, Any]]
 
 
-def check_chain(config: Config, *, open_test: bool = False) -> None:
-    """Whether every stage's data set fits its config, before the first is trained. Raises UserError or DataError."""
+def check_chain(config: Config, *, in_store: bool = False, open_test: bool = False) -> None:
+    """Whether every stage's data set fits its config, before the first is trained.
+
+    ``in_store``: the run folder lies in one. Raises UserError or DataError.
+    """
     stages = stages_of(config)
+    for stage in stages if in_store else []:
+        _check_reached_alike(config, stage)
     for stage in stages:
         check_inputs(stage.config, open_test=open_test and stage is stages[-1])
 
 
+def _check_reached_alike(config: Config, stage: Stage) -> None:
+    """A stage's workers write to the store by the stage's own config. Raises UserError where that leads elsewhere."""
+    for key in ("endpoint_url", "ca_bundle"):
+        whole, own = getattr(config.data, key), getattr(stage.config.data, key)
+        if own != whole:
+            raise UserError(
+                f"stage {stage.name}: data.{key} = {own}, and the run folder is reached with {whole}: in a store all stages' "
+                f"sets and the run folder are reached alike; give data.{key} once, for the whole config."
+            )
+
+
 def train_chain(
-    config: Config, folder: Path, train_one: TrainOne, *, say: Callable[[str], None], open_test: bool = False
+    config: Config, folder: Folder, train_one: TrainOne, *, say: Callable[[str], None], open_test: bool = False
 ) -> dict[str, Any]:
     """Train the stages in order, each in ``folder/stages/N-NAME``, and write and return ``chain.json``, the index of them.
 
@@ -45,20 +64,21 @@ def train_chain(
     """
     stages = stages_of(config)
     entries: list[dict[str, Any]] = []
-    places: dict[str, Path] = {}
+    places: dict[str, Folder] = {}
     for number, stage in enumerate(stages, start=1):
         last = number == len(stages)
-        place = folder / "stages" / f"{number}-{stage.name}"
+        name = f"stages/{number}-{stage.name}"
+        place = folder.part(name)
         resolved, origin = started_from(stage, places)
         say(f"stage {number} of {len(stages)}, {stage.name}: {origin}")
         found = train_one(resolved, place, open_test and last)
         places[stage.name] = place
-        entries.append(_entry(stage.name, place, folder, origin, found))
+        entries.append(_entry(stage.name, name, place, origin, found))
         write_json(folder, CHAIN_FILE, {"schema_version": SCHEMA_VERSION, "finished": last, "stages": entries})
     return read_json(folder, CHAIN_FILE)
 
 
-def started_from(stage: Stage, places: Mapping[str, Path]) -> tuple[Config, str]:
+def started_from(stage: Stage, places: Mapping[str, Folder]) -> tuple[Config, str]:
     """The stage's config with the weights file of the stage that it names, and a sentence about it.
 
     The head goes with the backbone where both stages have the same classes and ``model.keep_head`` is true.
@@ -69,44 +89,47 @@ def started_from(stage: Stage, places: Mapping[str, Path]) -> tuple[Config, str]
     config = stage.config
     weights, second = config.model.weights, config.model.second_weights
     if second.startswith(FROM_STAGE) and config.model.join is not None:
-        file = str(best_weights(places[second.removeprefix(FROM_STAGE)]))
+        file = best_weights(places[second.removeprefix(FROM_STAGE)])
         config = config.model_copy(update={"model": config.model.model_copy(update={"second_weights": file})})
     if not weights.startswith(FROM_STAGE):
         return config, f"starts from {weights if weights in ('imagenet', 'random') else Path(weights).name} weights"
     name = weights.removeprefix(FROM_STAGE)
-    found = results.read_results(Folder.local(places[name]))
+    found = results.read_results(places[name])
     same = found["classes"] == list(open_shards(config).classes)
     model = config.model.model_copy(
-        update={"weights": str(best_weights(places[name])), "keep_head": config.model.keep_head and same}
+        update={"weights": best_weights(places[name]), "keep_head": config.model.keep_head and same}
     )
     head = "its head too" if model.keep_head else "a new head" if same else "a new head for other classes"
     sentence = f"starts from the best checkpoint of {name} (epoch {found['best_epoch'] + 1}), {head}"
     return config.model_copy(update={"model": model}), sentence
 
 
-def best_weights(run_folder: Path) -> Path:
-    """The weights file of a finished run's best checkpoint, verified. Raises DataError."""
-    folder = Folder.local(run_folder)
-    step = results.read_results(folder)["best_checkpoint"]
-    checkpoint.verify(folder, step)
-    return run_folder / "checkpoints" / f"{step:08d}" / "model.safetensors"
+def best_weights(run: Folder) -> str:
+    """The path or address of the weights file of a finished run's best checkpoint, verified. Raises DataError."""
+    step = results.read_results(run)["best_checkpoint"]
+    return f"{run.url}/{checkpoint.weights_name(run, step)}"
 
 
-def seconds_of(run_folder: Path) -> float:
+def history_of(run: Folder, columns: list[str]) -> list[dict[str, Any]]:
+    """These columns of a finished run's history, a row per epoch."""
+    table = pq.read_table(io.BytesIO(run.read("history.parquet")), columns=columns)
+    return table.to_pylist()
+
+
+def seconds_of(run: Folder) -> float:
     """Seconds that the epochs of a finished run took, evaluation included."""
-    history = pq.read_table(run_folder / "history.parquet", columns=["epoch_s"])
-    return math.fsum(history.column("epoch_s").to_pylist())
+    return math.fsum(row["epoch_s"] for row in history_of(run, ["epoch_s"]))
 
 
-def _entry(name: str, place: Path, folder: Path, origin: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(name: str, where: str, place: Folder, origin: str, found: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("classes", "model", "best_epoch", "epochs_run", "headline", "test_openings")
-    own = {"name": name, "folder": str(place.relative_to(folder)), "origin": origin, "seconds": seconds_of(place)}
+    own = {"name": name, "folder": where, "origin": origin, "seconds": seconds_of(place)}
     return own | {key: found[key] for key in kept}
 
 
-def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    Folder.local(folder).write(name, json.dumps(content, indent=1, allow_nan=False).encode())
+def write_json(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
+    folder.write(name, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads(Folder.local(folder).read(name))
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    return json.loads(folder.read(name))

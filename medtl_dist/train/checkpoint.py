@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from medtl_dist.errors import DataError
+from medtl_dist.models.weights_store import FROZEN_FILE
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder
 
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)  # 1: without frozen.safetensors
-WEIGHTS_FILE, FROZEN_FILE = "model.safetensors", "frozen.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 _FILES = (WEIGHTS_FILE, "state.pt", "meta.json")
 
 
@@ -130,13 +131,25 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 def verify(folder: Folder, step: int) -> dict[str, bytes]:
     """The files of a checkpoint, each checked against the manifest. Raises DataError naming the file that fails."""
+    return _verified(folder, step)[1]
+
+
+def weights_name(folder: Folder, step: int) -> str:
+    """The name, in the run folder, of a checkpoint's weights file, its files checked. Raises as :func:`verify`."""
+    return f"{_verified(folder, step)[0]}/{WEIGHTS_FILE}"
+
+
+def _verified(folder: Folder, step: int) -> tuple[str, dict[str, bytes]]:
+    """The checkpoint's folder and files; in a store the highest fence's of those that verify."""
     if not folder.remote:
-        return _verify(folder, f"checkpoints/{_name(step, None)}")
+        place = f"checkpoints/{_name(step, None)}"
+        return place, _verify(folder, place)
     failure: DataError | None = None
     for fence, found in sorted(_listed(folder), reverse=True):
         if found == step:
+            place = f"checkpoints/{_name(step, fence or None)}"
             try:
-                return _verify(folder, f"checkpoints/{_name(step, fence or None)}")
+                return place, _verify(folder, place)
             except DataError as error:
                 failure = failure or error
     raise failure or DataError(f"{folder.url}/checkpoints/{_name(step, None)}: there is no such checkpoint")

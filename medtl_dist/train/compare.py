@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from medtl_dist.metrics.paired import compare_over_seeds
 from medtl_dist.metrics.scores import by_patient
 from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import checkpoint, results
-from medtl_dist.train.chain import TrainOne, read_json, seconds_of, train_chain, write_json
+from medtl_dist.train.chain import TrainOne, history_of, read_json, seconds_of, train_chain, write_json
 from medtl_dist.train.evaluate import Predictions, score_split
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.run_store import read_config_in
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads
 
 SCHEMA_VERSION = 1
@@ -41,7 +40,7 @@ class Scored:
 
 
 def compare_transfer(
-    config: Config, folder: Path, train_one: TrainOne, *, say: Callable[[str], None], open_test: bool = False
+    config: Config, folder: Folder, train_one: TrainOne, *, say: Callable[[str], None], open_test: bool = False
 ) -> dict[str, Any]:
     """Train the chain and its last stage alone with each seed, in ``folder/seeds/SEED``, and write ``compare.json``.
 
@@ -55,25 +54,26 @@ def compare_transfer(
     rows: list[dict[str, Any]] = []
     scored: list[tuple[Scored, Scored]] = []
     for seed in config.transfer.seeds or [config.train.seed]:
-        place = folder / "seeds" / str(seed)
+        within = f"seeds/{seed}"
         seeded = with_seed(config, seed)
         say(f"seed {seed}: the chain")
-        entries = train_chain(seeded, place, train_one, say=say, open_test=open_test)["stages"]
+        entries = train_chain(seeded, folder.part(within), train_one, say=say, open_test=open_test)["stages"]
         say(f"seed {seed}: {entries[-1]['name']} alone")
-        alone, last = place / "alone", place / entries[-1]["folder"]
+        names = f"{within}/alone", f"{within}/{entries[-1]['folder']}"
+        alone, last = (folder.part(name) for name in names)
         train_one(alone_of(seeded), alone, open_test)
         pair = (read_scored(alone, split), read_scored(last, split))
         scored.append(pair)
         rows.append(
             {
                 "seed": seed,
-                "alone": {"folder": str(alone.relative_to(folder)), "seconds": seconds_of(alone)},
+                "alone": {"folder": names[0], "seconds": seconds_of(alone)},
                 "chain": {
-                    "folder": str(last.relative_to(folder)),
+                    "folder": names[1],
                     "seconds": sum(entry["seconds"] for entry in entries),
                 },
                 "comparison": compared(alone, [pair]),
-                "source": forgetting(place / entries[0]["folder"], last),
+                "source": forgetting(folder.part(f"{within}/{entries[0]['folder']}"), last),
                 "time": time_to_reach(alone, last, before_s=sum(entry["seconds"] for entry in entries[:-1])),
             }
         )
@@ -82,7 +82,7 @@ def compare_transfer(
         "split": split,
         "difference": "chain minus target alone",
         "seeds": rows,
-        "pooled": compared(folder / rows[0]["alone"]["folder"], scored),
+        "pooled": compared(folder.part(rows[0]["alone"]["folder"]), scored),
         "cautions": _cautions(rows, split),
     }
     write_json(folder, COMPARE_FILE, content)
@@ -106,27 +106,26 @@ def alone_of(config: Config) -> Config:
     return last.model_copy(update={"model": last.model.model_copy(update=update)})
 
 
-def compared(run_folder: Path, pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
+def compared(run: Folder, pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
     """The comparison of the pairs (a, b), one per seed, all of the same images, as plain values."""
     first = pairs[0][0]
     if any(list(one.keys) != list(first.keys) for pair in pairs for one in pair):
-        raise DataError(f"{run_folder}: the runs to compare scored different images; train again in a new run folder.")
-    binary = results.read_results(Folder.local(run_folder))["task"] == "binary"
+        raise DataError(f"{run.url}: the runs to compare scored different images; train again in a new run folder.")
+    binary = results.read_results(run)["task"] == "binary"
     a, b = ([pair[i].logits for pair in pairs] for i in (0, 1))
     found = compare_over_seeds(first.labels, a, b, first.groups, binary=binary, unit=first.unit)
     return dataclasses.asdict(found)
 
 
-def read_scored(run_folder: Path, split: str) -> Scored:
+def read_scored(run: Folder, split: str) -> Scored:
     """A finished run's predictions of a split, by key, at the unit of its config."""
-    folder = Folder.local(run_folder)
-    found = results.read_results(folder)
-    table = pq.read_table(io.BytesIO(folder.read(f"predictions/{split}.parquet"))).sort_by("key")
+    found = results.read_results(run)
+    table = pq.read_table(io.BytesIO(run.read(f"predictions/{split}.parquet"))).sort_by("key")
     logits = np.stack([table.column(f"logit_{name}").to_numpy() for name in found["classes"]], axis=1)
     known = found["data"]["group_source"] != "none"
     groups = np.asarray(table.column("group").to_pylist()) if known else None
     keys = np.asarray(table.column("key").to_pylist())
-    return at_unit(read_config(run_folder), Scored(keys, table.column("label").to_numpy(), logits, groups))
+    return at_unit(read_config_in(run), Scored(keys, table.column("label").to_numpy(), logits, groups))
 
 
 def at_unit(config: Config, images: Scored) -> Scored:
@@ -137,12 +136,12 @@ def at_unit(config: Config, images: Scored) -> Scored:
     return Scored(np.asarray(found.groups), found.labels, found.logits, None, "patient")
 
 
-def forgetting(source: Path, last: Path) -> dict[str, Any]:
+def forgetting(source: Folder, last: Folder) -> dict[str, Any]:
     """The first stage's val AUC by its own model (a) and by the chain's last one (b), scored here and now.
 
     ``reason`` says why there is no second number: another head can't be asked about the source's classes.
     """
-    dataset, target = open_shards(read_config(source)), open_shards(read_config(last))
+    dataset, target = open_shards(read_config_in(source)), open_shards(read_config_in(last))
     if dataset.classes != target.classes:
         return {"reason": "the source has other classes than the target: the last model has no outputs for them"}
     if dataset.channels != target.channels:
@@ -155,12 +154,12 @@ def forgetting(source: Path, last: Path) -> dict[str, Any]:
         after.logits[order],
         groups if groups is None else groups[order],
     )
-    return compared(source, [(read_scored(source, "val"), at_unit(read_config(source), images))])
+    return compared(source, [(read_scored(source, "val"), at_unit(read_config_in(source), images))])
 
 
-def _score(run_folder: Path, dataset: Dataset) -> Predictions:
+def _score(folder: Folder, dataset: Dataset) -> Predictions:
     """Another data set's val by a run's best checkpoint, in this process."""
-    config, run = read_config(run_folder), LocalRun(Folder.local(run_folder))
+    config, run = read_config_in(folder), LocalRun(folder)
     set_threads(config, run.world_size)
     network = create_network(config, dataset, device=run.device, rank=0, load_weights=False)
     step = results.read_results(run.folder)["best_checkpoint"]
@@ -170,7 +169,7 @@ def _score(run_folder: Path, dataset: Dataset) -> Predictions:
     return found
 
 
-def time_to_reach(alone: Path, last: Path, *, before_s: float) -> dict[str, Any]:
+def time_to_reach(alone: Folder, last: Folder, *, before_s: float) -> dict[str, Any]:
     """When the chain's last stage first reached the best val AUC of the target alone, beside when that did itself.
 
     ``epochs`` count the last stage's alone; ``seconds`` too, ``seconds_in_all`` the earlier stages' as well. None: never.
@@ -185,9 +184,8 @@ def time_to_reach(alone: Path, last: Path, *, before_s: float) -> dict[str, Any]
     return {"val_auc": goal, "alone": by_alone, "chain": by_chain}
 
 
-def _history(run_folder: Path) -> list[dict[str, Any]]:
-    columns = ["epoch", "val_auc", "epoch_s"]
-    return pq.read_table(run_folder / "history.parquet", columns=columns).sort_by("epoch").to_pylist()
+def _history(run: Folder) -> list[dict[str, Any]]:
+    return sorted(history_of(run, ["epoch", "val_auc", "epoch_s"]), key=lambda row: row["epoch"])
 
 
 def _first_at(history: Sequence[Mapping[str, Any]], goal: float) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from medtl_dist.data.subset import NUM_WATCHED, Members, read_members, write_fol
 from medtl_dist.errors import DataError, TrainingError, UserError
 from medtl_dist.run import Folder, LocalRun
 from medtl_dist.train import checkpoint, results
-from medtl_dist.train.chain import TrainOne, read_json, write_json
+from medtl_dist.train.chain import read_json, write_json
 from medtl_dist.train.evaluate import predictions_table, score_split
 from medtl_dist.train.fold_results import HELD_OUT_FILE, write_results
 from medtl_dist.train.run_folder import read_config
@@ -59,12 +59,12 @@ class FoldTrial:
 TrainFolds = Callable[[Sequence[FoldTrial]], None]
 
 
-def one_after_another(train_one: TrainOne) -> TrainFolds:
-    """The folds in turn, each by ``train_one``, which never opens a split test."""
+def one_after_another(train_one: Callable[[Config, Path], object]) -> TrainFolds:
+    """The folds in turn, each by ``train_one``."""
 
     def train_folds(trials: Sequence[FoldTrial]) -> None:
         for trial in trials:
-            train_one(trial.config, trial.place, False)
+            train_one(trial.config, trial.place)
 
     return train_folds
 
@@ -234,9 +234,9 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder} holds a single training, no cross-validation; name another folder with --run-dir."
             )
-        write_json(folder, PLAN_FILE, plan)
+        write_json(place, PLAN_FILE, plan)
         return
-    before = read_json(folder, PLAN_FILE)
+    before = read_json(place, PLAN_FILE)
     changes = [f"{name}: {before.get(name)} -> {value}" for name, value in plan.items() if before.get(name) != value]
     if changes:
         raise UserError(

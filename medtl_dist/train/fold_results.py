@@ -82,7 +82,7 @@ def write_results(
     ]
     first, last = (results.read_results(Folder.local(places[i][2])) for i in (0, -1))
     members = [str(place.relative_to(folder)) for _, _, place in places]
-    write_json(folder, ENSEMBLE_FILE, {"schema_version": SCHEMA_VERSION, "members": members})
+    write_json(Folder.local(folder), ENSEMBLE_FILE, {"schema_version": SCHEMA_VERSION, "members": members})
     content = {
         "schema_version": SCHEMA_VERSION,
         "run": folder.name,
@@ -103,7 +103,7 @@ def write_results(
         "provenance": results.provenance(config, dataset)
         | {"started": first["provenance"]["started"], "finished": last["provenance"]["finished"]},
     }
-    write_json(folder, CROSSVAL_FILE, content)
+    write_json(Folder.local(folder), CROSSVAL_FILE, content)
     return content
 
 
@@ -123,7 +123,7 @@ def _of_run(folder: Path, place: Path) -> dict[str, Any]:
         "train": {"samples": counts["samples"], "groups": counts["groups"]},
         "epoch": found["best_epoch"],
         "epochs_run": found["epochs_run"],
-        "seconds": seconds_of(place),
+        "seconds": seconds_of(Folder.local(place)),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Literal, Protocol
 from medtl_dist.create_only import create, store_is_safe
 from medtl_dist.errors import DataError, Interrupted, MedtlError, UserError
 from medtl_dist.storage import Folder
-from medtl_dist.store_folder import Guard, StoreFolder
+from medtl_dist.store_folder import Guard, StoreFolder, store_folder
 from medtl_dist.train.process_mark import has_ended, mark_of_this_process
 
 LEASES = ".lease"
@@ -252,10 +252,14 @@ def lost(lease: Lease) -> bool:
     return False
 
 
-def fenced(folder: StoreFolder, fence: int) -> StoreFolder:
-    """The folder as the holder of a lease writes in it: asking before it writes whether the lease is still its own."""
-    shelf = FolderShelf(folder.below(LEASES))
-    return replace(folder, fence=fence, guard=Guard(lambda: check_fence(shelf, fence)))
+def fenced(folder: StoreFolder, fence: int, leased_at: str | None = None) -> StoreFolder:
+    """The folder as the holder of a lease writes in it: asking before it writes whether the lease is still its own.
+
+    ``leased_at``: the address of the folder whose lease it is, of which this one is a part; None: it is its own.
+    """
+    whole = folder if leased_at is None else store_folder(leased_at, folder.options)
+    shelf = FolderShelf(whole.below(LEASES))
+    return replace(folder, fence=fence, leased_at=whole.url, guard=Guard(lambda: check_fence(shelf, fence)))
 
 
 def _numbers(shelf: Shelf) -> list[int]:

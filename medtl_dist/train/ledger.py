@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 
 from medtl_dist.store_folder import StoreFolder
+from medtl_dist.train.run_folder import above, whole_of
 
 LEDGER = "test_openings.jsonl"
 _IN_STORE = "test_openings"
@@ -47,28 +48,24 @@ def count_openings(run_folder: Path, dataset_sha256: str) -> dict[str, int]:
 
 
 def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha256: str) -> dict[str, int]:
-    """As ``record_opening``, for a run in a store. Raises MedtlError, see ``StoreFolder``."""
+    """As ``record_opening``, for a run in a store, or a stage of one. Raises MedtlError, see ``StoreFolder``."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     entry = json.dumps({"run": run.place.name}).encode()
-    run.sibling(_IN_STORE).write(f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry)
+    whole_of(run).sibling(_IN_STORE).write(
+        f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry
+    )
     return count_openings_in_store(run, dataset_sha256)
 
 
 def count_openings_in_store(run: StoreFolder, dataset_sha256: str) -> dict[str, int]:
     """As ``count_openings``, for runs in a store."""
-    entries = run.sibling(_IN_STORE).names(dataset_sha256)
+    entries = whole_of(run).sibling(_IN_STORE).names(dataset_sha256)
     return {"count": len(entries), "configurations": len({entry.partition("-")[0] for entry in entries})}
 
 
 def _ledger_of(run_folder: Path) -> Path:
     """Beside the run; beside the whole chain or sweep where the run is a part of one, so that all openings add up."""
-    whole = run_folder
-    if whole.parent.name == "winner" and (whole.parents[1] / "space.yaml").is_file():
-        return whole.parents[2] / LEDGER
-    if whole.parent.name == "stages":
-        whole = whole.parents[1]
-    elif whole.name == "alone" and whole.parents[1].name == "seeds":
-        whole = whole.parent
-    if whole.parent.name == "seeds":
-        whole = whole.parents[1]
+    if run_folder.parent.name == "winner" and (run_folder.parents[1] / "space.yaml").is_file():
+        return run_folder.parents[2] / LEDGER
+    whole = Path(above(run_folder))
     return (whole if (whole / "config.yaml").is_file() else run_folder).parent / LEDGER

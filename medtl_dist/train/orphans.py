@@ -20,6 +20,7 @@ from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder
 from medtl_dist.train.checkpoint import parse_name
 from medtl_dist.train.lease import LEASES, held_lease
+from medtl_dist.train.run_folder import whole_of
 
 _CLEANING_TTL_S = 60.0
 _TEMPORARY = re.compile(r".+\.\d+\.tmp|\.report\.html\.\d+|\.shared-[0-9a-f]+")
@@ -117,7 +118,7 @@ def _entries(folder: Folder) -> list[Entry]:
 @contextlib.contextmanager
 def _alone(folder: Folder, owner: str) -> Iterator[None]:
     if isinstance(folder, StoreFolder):
-        with held_lease(folder, owner=owner, ttl_s=_CLEANING_TTL_S, wait=False):
+        with held_lease(whole_of(folder), owner=owner, ttl_s=_CLEANING_TTL_S, wait=False):
             yield
         return
     try:

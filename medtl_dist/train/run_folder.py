@@ -8,12 +8,13 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO
 
 from medtl_dist.config import Config, differing_keys, load_config
 from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import StoreFolder, store_folder
 
 
 def default_run_folder(config: Config) -> Path:
@@ -74,13 +75,17 @@ def _locked(lock: IO[str]) -> bool:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a run folder. Raises UserError where it is none."""
+    """The config of the run folder of a single training. Raises UserError where it is none."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
-    config = load_config(file=folder / "config.yaml")
+    return of_single(load_config(file=folder / "config.yaml"), Folder.local(folder), str(folder))
+
+
+def of_single(config: Config, folder: Folder, shown: str) -> Config:
+    """The config of a folder, which is that of a single training. Raises UserError for a chain's, naming its trainings."""
     if config.transfer.stages:
-        parts = ", ".join(str(part.relative_to(folder)) for part in parts_of(folder)) or "none yet"
-        raise UserError(f"{folder} holds a chain of trainings; name one of them: {parts}.")
+        parts = ", ".join(parts_in(folder)) or "none yet"
+        raise UserError(f"{shown} holds a chain of trainings; name one of them: {parts}.")
     return config
 
 
@@ -94,12 +99,33 @@ def chain_finished(folder: Path) -> bool:
 
 def parts_of(folder: Path) -> list[Path]:
     """The run folders of a chain's trainings or of folds, in their order; [] in the folder of a single training."""
-    found = [
-        *folder.glob("stages/*"),
-        *folder.glob("seeds/*/stages/*"),
-        *folder.glob("seeds/*/alone"),
-        *folder.glob("folds/*"),
-    ]
-    return sorted(
-        (part for part in found if (part / "config.yaml").is_file()), key=lambda p: (p.name == "alone", str(p))
-    )
+    return [folder / name for name in parts_in(Folder.local(folder))]
+
+
+def parts_in(folder: Folder) -> list[str]:
+    """As ``parts_of``, their names in the folder, wherever that lies."""
+    found = [f"{above}/{name}" for above in ("stages", "folds") for name in folder.names(above)]
+    for seed in folder.names("seeds"):
+        stages = f"seeds/{seed}/stages"
+        found += [f"{stages}/{name}" for name in folder.names(stages)] + [f"seeds/{seed}/alone"]
+    whole = [name for name in found if folder.exists(f"{name}/config.yaml")]
+    return sorted(whole, key=lambda name: (name.endswith("/alone"), name))
+
+
+def above(path: PurePath) -> PurePath:
+    """By the names alone: the folder of the chain or comparison of which the path is a training; else the path itself."""
+    whole = path
+    if whole.parent.name == "stages":
+        whole = whole.parent.parent
+    elif whole.name == "alone" and whole.parent.parent.name == "seeds":
+        whole = whole.parent
+    return whole.parent.parent if whole.parent.name == "seeds" else whole
+
+
+def whole_of(folder: StoreFolder) -> StoreFolder:
+    """The run folder whose lease protects this one: that of the chain of which it is a stage, else itself."""
+    name = str(above(PurePosixPath(folder.place.path)))
+    if name == folder.place.path or "/" not in name:
+        return folder
+    whole = store_folder(f"{folder.place.scheme}://{name}", folder.options)
+    return whole if whole.exists("config.yaml") else folder

@@ -20,13 +20,15 @@ from medtl_dist.store_folder import StoreFolder, fetched, folder_at
 from medtl_dist.train import checkpoint
 from medtl_dist.train.budget import BUDGET_FILE
 from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
-from medtl_dist.train.run_folder import opened_run_folder, read_config
+from medtl_dist.train.run_folder import of_single, opened_run_folder, parts_in, read_config, whole_of
 from medtl_dist.train.setup import storage_of
 from medtl_dist.train.status import status_of
 
 LEASE_TTL_S = 60.0
 _IGNORED = (".lease", ".ray", "config.yaml")
-_FOR_STATUS = ("config.yaml", "log.jsonl", "progress.json", "results.json", BUDGET_FILE)
+_FOR_STATUS = (
+    "config.yaml", "log.jsonl", "progress.json", "results.json", "chain.json", "compare.json", BUDGET_FILE,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable
     """The run folder at a path or an address, as ``opened_run_folder`` has it. ``say`` is told what a person should know.
 
     Raises:
-        UserError: as ``opened_run_folder``; or a chain, which needs a local folder.
+        UserError: as ``opened_run_folder``; or one training of a chain, which goes on with the chain.
         Interrupted: the store can't be reached.
     """
     folder = folder_at(place, storage_of(config))
@@ -42,24 +44,41 @@ def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable
         with opened_run_folder(folder.local_path, config, resume=resume) as path:
             yield Folder.local(path)
         return
-    if config.transfer.stages:
-        raise UserError(
-            f"{folder.url}: a chain's later stages read the earlier ones' weights as local files, so it can't be trained in a "
-            "store yet; name a folder that all nodes mount with --run-dir."
-        )
+    whole = whole_of(folder)
+    if whole.url != folder.url:  # under another lease two could write here at once
+        raise UserError(f"{folder.url} is a part of the run {whole.url}: go on with that, or name another folder.")
     _check_use(folder, config, resume=resume)  # before waiting for a lease: most mistakes are told at once
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(held_lease(folder, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say))
         folder = fenced(folder, lease.fence)
-        before = _check_use(folder, config, resume=resume)
-        if before != config:
-            folder.write("config.yaml", config.to_yaml().encode())
+        _take_up(folder, config, resume=resume)
         yield folder
+
+
+@contextlib.contextmanager
+def opened_part(folder: Folder, config: Config) -> Iterator[Folder]:
+    """The folder of one training of a run that is open, new or to go on with: on a disk with a lock of its own, in a store under
+    the lease of the whole, by which ``folder`` is fenced.
+
+    Raises: as ``opened_run``.
+    """
+    if not isinstance(folder, StoreFolder):
+        with opened_run_folder(folder.local_path, config, resume=True) as path:
+            yield Folder.local(path)
+        return
+    assert folder.guard is not None
+    _take_up(folder, config, resume=True)
+    yield folder
 
 
 def owner_here() -> str:
     """This process, as others are told of it."""
     return f"process {os.getpid()} on {platform.node() or 'unknown'}"
+
+
+def _take_up(folder: StoreFolder, config: Config, *, resume: bool) -> None:
+    if _check_use(folder, config, resume=resume) != config:
+        folder.write("config.yaml", config.to_yaml().encode())
 
 
 def _check_use(folder: StoreFolder, config: Config, *, resume: bool) -> Config | None:
@@ -73,7 +92,7 @@ def _check_use(folder: StoreFolder, config: Config, *, resume: bool) -> Config |
         raise UserError(
             f"{folder.url} already holds a run; add --resume to go on with it, or name another with --run-dir."
         )
-    before = read_config_in(folder)
+    before = _config_in(folder)
     if before.sha256() != config.sha256():
         changes = "; ".join(differing_keys(before, config))
         raise UserError(f"{folder.url} holds a run of another config ({changes}); --resume needs the same one.")
@@ -81,10 +100,14 @@ def _check_use(folder: StoreFolder, config: Config, *, resume: bool) -> Config |
 
 
 def read_config_in(folder: Folder) -> Config:
-    """The config of a run folder. Raises UserError where it is none."""
+    """The config of the run folder of a single training. Raises UserError where it is none."""
     if not isinstance(folder, StoreFolder):
         return read_config(folder.local_path)
     folder.expect_run()
+    return of_single(_config_in(folder), folder, folder.url)
+
+
+def _config_in(folder: StoreFolder) -> Config:
     text = folder.read("config.yaml").decode("utf-8", errors="replace")
     return validate(parse_yaml(text, folder.shown("config.yaml")))
 
@@ -94,14 +117,23 @@ def status_in(folder: Folder) -> dict[str, Any]:
     if not isinstance(folder, StoreFolder):
         return status_of(folder.local_path)
     folder.expect_run()
+    whole, found = whole_of(folder), _status_in(folder)
+    if holder_of(FolderShelf(whole.below(LEASES))) is not None:
+        # A chain's trainings come one after another under one lease: what has begun and not finished is the one that runs.
+        for part in (found, *found["parts"]):
+            if part["state"] == "stopped" or (part is found and whole is folder):
+                part["state"] = "running"
+    return found
+
+
+def _status_in(folder: StoreFolder) -> dict[str, Any]:
+    """A folder's own files and its parts'; "running" is told by a lease alone, and not known here."""
     with fetched(folder, _FOR_STATUS) as here:
         found = status_of(here)
     news = [folder.info(name).mtime for name in ("log.jsonl", "progress.json")]
-    shelf = FolderShelf(folder.below(LEASES))
-    holder = holder_of(shelf)
     times = [moment.timestamp() for moment in news if moment is not None]
     return found | {
-        "state": "running" if holder is not None else found["state"],
         "seconds_since_news": max(0.0, time.time() - max(times)) if times else None,
         "checkpoints": checkpoint.steps(folder),
+        "parts": [_status_in(folder.part(name)) for name in parts_in(folder)],
     }

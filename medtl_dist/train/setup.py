@@ -117,6 +117,7 @@ def create_network(
             normalisation=normalisation,
             image_size_px=image_size_px,
             seed=seed,
+            storage=storage_of(config),
         )
 
     created = None

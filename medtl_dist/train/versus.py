@@ -30,7 +30,7 @@ def compare_runs(first: Path, second: Path, split: str) -> dict[str, Any]:
     configs = [read_config(folder) for folder in folders]
     known = [_finished(folder, split) for folder in folders]
     _check_alike(folders, configs, known)
-    scored = [read_scored(folder, split) for folder in folders]
+    scored = [read_scored(Folder.local(folder), split) for folder in folders]
     _check_same_images(folders, known, scored, split)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -39,7 +39,7 @@ def compare_runs(first: Path, second: Path, split: str) -> dict[str, Any]:
         "runs": [_of_run(folder, one, split) for folder, one in zip(folders, known, strict=True)],
         "n": len(scored[0].keys),
         "unit": scored[0].unit,
-        "comparison": compared(first, [(scored[0], scored[1])]),
+        "comparison": compared(Folder.local(first), [(scored[0], scored[1])]),
         "config": differing_keys(configs[0], configs[1]),
         "cautions": _cautions(known, split),
     }

@@ -25,6 +25,7 @@ from medtl_dist.data.shards import open_dataset
 from medtl_dist.data.stream import eval_batches
 from medtl_dist.data.transforms import EvalTransform
 from medtl_dist.models.normalise import normalise
+from medtl_dist.run import Folder
 from medtl_dist.train import loop
 from medtl_dist.train.compare import Scored, at_unit, time_to_reach
 from medtl_dist.train.setup import create_network, open_shards
@@ -274,12 +275,12 @@ def test_other_classes_can_be_compared_but_nothing_is_said_of_the_source(sets: d
 
 
 def test_the_time_counts_what_came_before(tmp_path: Path) -> None:
-    def history(name: str, aucs: list[float | None]) -> Path:
+    def history(name: str, aucs: list[float | None]) -> Folder:
         folder = tmp_path / name
         folder.mkdir()
         rows = [{"epoch": i, "val_auc": auc, "epoch_s": 10.0} for i, auc in enumerate(aucs)]
         pq.write_table(pa.Table.from_pylist(rows), folder / "history.parquet")
-        return folder
+        return Folder.local(folder)
 
     alone = history("alone", [0.5, 0.7, 0.8, 0.75])
     early = time_to_reach(alone, history("early", [None, 0.8, 0.7]), before_s=5)

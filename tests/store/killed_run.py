@@ -1,6 +1,6 @@
 """`medtl` in a process of its own, with the tiny network, that is killed at a poll: every five steps a run is asked to stop.
 
-Usage: python killed_run.py POLL LEASE_TTL_S ARGUMENT…; POLL 0: not killed.
+Usage: python killed_run.py POLL LEASE_TTL_S ARGUMENT…; POLL 0: not killed; POLL@NAME: polls of the run folder of that name count.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from medtl_dist.train import run_store
 
 
 def main() -> int:
-    deadly, polls, asked = int(sys.argv[1]), 0, LocalRun.poll
+    deadly, _, name = sys.argv[1].partition("@")
+    polls, asked = 0, LocalRun.poll
     run_store.LEASE_TTL_S = float(sys.argv[2])
 
     def poll(self: LocalRun) -> Signal:
         nonlocal polls
-        polls += 1
-        if polls == deadly:
+        polls += self.folder.path.endswith(name)
+        if polls == int(deadly):
             os.kill(os.getpid(), signal.SIGKILL)
         return asked(self)
 

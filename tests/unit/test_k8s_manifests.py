@@ -312,7 +312,7 @@ def test_a_store_that_pods_could_not_share_is_refused(root: str, claim: str | No
         ("gpu", ["data.shards=a\u2028b"], "expected printable characters only"),
         ("gpu", ["data.shards=s3://key:secret@bucket/set"], "a ConfigMap is no place for secrets"),
         ("gpu", ["data.shards=s3://bucket/set?X-Amz-Signature=1"], "a ConfigMap is no place for secrets"),
-        ("gpu", ["data.shards=set", "model.weights=my.pth"], "Put it on a volume"),
+        ("gpu", ["data.shards=set", "model.weights=/home/me/my.pth"], "pods can't see this machine's folders"),
         ("gpu", ["data.shards=set", "data.global_batch_size=4"], "8 workers are more than the 4 lanes"),
     ],
 )
@@ -331,6 +331,7 @@ def test_paths_lie_in_the_store() -> None:
     assert shipped("gpu", "data.shards=./sets/a").data.shards == "s3://bucket/team/medtl/sets/a"
     assert shipped("gpu", "data.shards=gs://other/a").data.shards == "gs://other/a"
     assert shipped("volume", "data.shards=a", "model.weights=w/a.pth").model.weights == "/mnt/store/w/a.pth"
+    assert shipped("gpu", "data.shards=a", "model.weights=w/a.pth").model.weights == "s3://bucket/team/medtl/w/a.pth"
     assert shipped("gpu", "data.shards=a", "model.weights=random").model.weights == "random"
 
 
