@@ -124,7 +124,7 @@ def test_sigkill_in_an_epoch_then_the_same_command_equals_an_undisturbed_run(
     capsys.readouterr()
     assert run(arguments) == 0
     said = capsys.readouterr().err
-    assert "waiting up to 10 s for process" in said
+    assert "waiting up to" not in said  # its process was of this machine, and is no more
     assert "resumed at epoch 1, step 2, from checkpoint 12" in said
     assert_same_bits(tmp_path / "near", copied(store, tmp_path / "far"))
     assert store.names("checkpoints")[-1] == "00000020-000002"
