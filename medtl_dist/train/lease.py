@@ -28,6 +28,7 @@ from medtl_dist.store_folder import Guard, StoreFolder
 LEASES = ".lease"
 _PROBE = "now-"
 _SLACK_S = 2.0  # S3 tells times in whole seconds
+_A_GENERATION = 10_000  # leases that the holder of one lease can hand out in a folder below
 
 
 class Shelf(Protocol):
@@ -255,6 +256,18 @@ def fenced(folder: StoreFolder, fence: int) -> StoreFolder:
     """The folder as the holder of a lease writes in it: asking before it writes whether the lease is still its own."""
     shelf = FolderShelf(folder.below(LEASES))
     return replace(folder, fence=fence, guard=Guard(lambda: check_fence(shelf, fence)))
+
+
+def hand_out(shelf: Shelf, generation: int, *, owner: str, ttl_s: float) -> int:
+    """Make the next lease for a writer that its caller starts, whoever holds the last one: the number for that writer.
+
+    Who held a lower one is told by its next look, as ever. The caller holds the lease of a folder above, and that one's number is
+    the ``generation``: whatever an earlier generation still hands out is lower than all of a later one's.
+    """
+    first = generation * _A_GENERATION
+    number = 1 + max([first, *(number for number in _numbers(shelf) if number < first + _A_GENERATION)])
+    shelf.put(_name(number), _content(owner, ttl_s, "", 0, released=False))
+    return number
 
 
 def _numbers(shelf: Shelf) -> list[int]:

@@ -12,7 +12,7 @@ import json
 import secrets
 from pathlib import Path
 
-from medtl_dist.store_folder import StoreFolder
+from medtl_dist.store_folder import StoreFolder, store_folder
 
 LEDGER = "test_openings.jsonl"
 _IN_STORE = "test_openings"
@@ -50,14 +50,24 @@ def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha
     """As ``record_opening``, for a run in a store. Raises MedtlError, see ``StoreFolder``."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     entry = json.dumps({"run": run.place.name}).encode()
-    run.sibling(_IN_STORE).write(f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry)
+    _whole_in_store(run).sibling(_IN_STORE).write(f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry)
     return count_openings_in_store(run, dataset_sha256)
 
 
 def count_openings_in_store(run: StoreFolder, dataset_sha256: str) -> dict[str, int]:
     """As ``count_openings``, for runs in a store."""
-    entries = run.sibling(_IN_STORE).names(dataset_sha256)
+    entries = _whole_in_store(run).sibling(_IN_STORE).names(dataset_sha256)
     return {"count": len(entries), "configurations": len({entry.partition("-")[0] for entry in entries})}
+
+
+def _whole_in_store(run: StoreFolder) -> StoreFolder:
+    """The run, or the sweep whose winner it trains: beside that the ledger lies, for all sweeps there."""
+    above, _, part = run.place.url.rpartition("/")[0].rpartition("/")
+    if part == "winner" and "/" in above.partition("://")[2]:
+        sweep = store_folder(above, run.options)
+        if sweep.exists("space.yaml"):
+            return sweep
+    return run
 
 
 def _ledger_of(run_folder: Path) -> Path:

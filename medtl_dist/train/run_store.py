@@ -57,6 +57,12 @@ def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable
         yield folder
 
 
+def take_up(folder: StoreFolder, config: Config) -> None:
+    """As ``opened_run`` with ``resume``, for a writer that has been handed its lease (``lease.hand_out``). Raises likewise."""
+    if _check_use(folder, config, resume=True) != config:
+        folder.write("config.yaml", config.to_yaml().encode())
+
+
 def owner_here() -> str:
     """This process, as others are told of it."""
     return f"process {os.getpid()} on {platform.node() or 'unknown'}"
