@@ -1,4 +1,4 @@
-"""sweep folder, on a disk or in a store: made once, locked while a driver writes in it, gone on with by its own sweep only. No Ray."""
+"""sweep folder, on a disk or in a store: made once, locked while a driver writes, gone on with by its own sweep only. No Ray."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def opened_sweep_folder(folder: Path, config: Config, space: str, *, resume: boo
 def opened_sweep(
     place: Path | str, config: Config, space: str, *, resume: bool, say: Callable[[str], None] = lambda _text: None
 ) -> Iterator[Folder]:
-    """The sweep folder at a path or an address, as ``opened_sweep_folder`` has it; in a store a ``Mirror`` of it, under its lease.
+    """The sweep folder at a path or an address, as ``opened_sweep_folder`` has it; in a store its ``Mirror``, under its lease.
 
     ``say`` is told what a person should know.
 
@@ -103,7 +103,7 @@ def opened_sweep(
 
 @contextlib.contextmanager
 def begun_sweep(place: str) -> Iterator[Path | None]:
-    """A folder with config and space of the sweep at a path or an address, for as long as the block runs; None where there is none.
+    """A folder with config and space of the sweep at a path or an address, while the block runs; None where there is none.
 
     Raises: UserError, Interrupted, see ``StoreFolder``: without its config, the environment alone says how a store is reached.
     """
@@ -137,7 +137,9 @@ def _told_by_address(here: Path, url: str) -> Iterator[None]:
         yield
     except MedtlError as error:
         message = error.message.replace(str(here), url).replace("--run-dir", "--sweep-dir")
-        message = re.sub(r": (.+?) is writing in this run folder;", r": another driver is at work on this sweep, \1;", message)
+        message = re.sub(
+            r": (.+?) is writing in this run folder;", r": another driver is at work on this sweep, \1;", message
+        )
         raise type(error)(message) from None
 
 

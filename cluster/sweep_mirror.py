@@ -1,7 +1,7 @@
-"""sweep folder in a store ↔ its small files on this machine, where a sweep's driver reads and writes as it does on a disk. No Ray.
+"""sweep folder in a store ↔ its small files on this machine, where a sweep's driver reads and writes as on a disk. No Ray.
 
 The store is the truth: what the driver writes here is put there at once, and a copy is read from there when a driver begins and
-when its trials have ended. The trials' own files are their workers', each of which writes under a lease that the driver hands out.
+when its trials have ended. The trials' own files are their workers', each of whom writes under a lease that the driver hands out.
 """
 
 from __future__ import annotations

@@ -94,9 +94,7 @@ def train_trial(payload: Mapping[str, Any], exchange: Exchange, warm: Warm) -> d
     return ending(payload, train, asked=exchange.stop_asked.is_set)
 
 
-def ending(
-    payload: Mapping[str, Any], train: Callable[[Folder], None], *, asked: Callable[[], bool]
-) -> dict[str, Any]:
+def ending(payload: Mapping[str, Any], train: Callable[[Folder], None], *, asked: Callable[[], bool]) -> dict[str, Any]:
     """``train`` in the trial's run folder, where nobody else writes, and its end as plain values. ``asked``: whether to stop."""
     remote = is_remote(payload["folder"])
     try:
@@ -104,7 +102,9 @@ def ending(
             if not folder.exists("results.json"):
                 train(folder)
     except Interrupted as error:
-        if remote and not asked():  # its node can't reach the store, or the trial is another worker's now: a try that failed
+        if (
+            remote and not asked()
+        ):  # its node can't reach the store, or the trial is another worker's now: a try that failed
             return {"state": "crashed", "message": error.message}
         return {"state": "stopped", "message": error.message}
     except MedtlError as error:
@@ -117,5 +117,3 @@ def ending(
             "message": f"{type(error).__name__}: {cause} ({Path(where.filename).name}, line {where.lineno})",
         }
     return {"state": "finished"}
-
-

@@ -32,7 +32,7 @@ def run_sweep(
     say: Callable[[str], None] = lambda _text: None,
     on_news: Callable[[list[Outcome]], None] | None = None,
 ) -> list[Outcome]:
-    """Run the sweep, or go on with it, and leave its table, ranking and page in its folder, at a path or an address. How all trials
+    """Run the sweep, or go on with it, and leave its table, ranking and page in its folder (a path or an address). How all trials
     ended. ``say`` is told what a person should know before the first trial starts.
 
     The test split is never opened here.

@@ -54,7 +54,7 @@ def crossval(
     place = parse_place(run_dir)
     if place.remote:
         raise UserError(
-            f"{place.url}: a cross-validation deals its folds into folders of a disk; name one with --run-dir that every node mounts."
+            f"{place.url}: a cross-validation deals its folds into folders of a disk; name one with --run-dir."
         )
     settings = Settings(folds, repeats, epochs_from.value)
     run_crossval(

@@ -50,7 +50,9 @@ def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha
     """As ``record_opening``, for a run in a store. Raises MedtlError, see ``StoreFolder``."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     entry = json.dumps({"run": run.place.name}).encode()
-    _whole_in_store(run).sibling(_IN_STORE).write(f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry)
+    _whole_in_store(run).sibling(_IN_STORE).write(
+        f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry
+    )
     return count_openings_in_store(run, dataset_sha256)
 
 

@@ -53,7 +53,6 @@ class Outside:
         command = self.command(*self.arguments(name, out, options, *more))
         return SubmittedRun(command, self.network.environment_outside(), out, self.folder(f"runs/{name}"))
 
-
     def tune(self, name: str, out: Path, options: Sequence[str], *more: str) -> SubmittedRun:
         """`medtl submit tune`; what is watched is the run of its first trial."""
         command = self.command(*self.arguments(name, out, options, *more, kind="tune"))

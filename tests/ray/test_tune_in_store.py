@@ -34,7 +34,13 @@ _SPACE = {
     "try_first": [{"model.frozen_depth": depth, "optim.lr": lr} for depth, lr in _POINTS],
 }
 # A killed driver's lease is waited for: 8 s here, where a minute is meant.
-_MEDTL = "import sys; from medtl_dist.train import run_store; run_store.LEASE_TTL_S = 8.0; from medtl_dist.cli.main import main; main()"
+_MEDTL = """
+from medtl_dist.cli.main import main
+from medtl_dist.train import run_store
+
+run_store.LEASE_TTL_S = 8.0
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_set(tmp_path_factory.mktemp("set") / "set", {"train": [30, 14], "val": [20, 12], "test": [9]}).folder)
+    return str(
+        write_set(tmp_path_factory.mktemp("set") / "set", {"train": [30, 14], "val": [20, 12], "test": [9]}).folder
+    )
 
 
 @pytest.fixture(scope="module")

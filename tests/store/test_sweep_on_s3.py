@@ -56,7 +56,9 @@ def sweep(
     run_store.LEASE_TTL_S, told = _TTL_S, 0
     config = base(shards, *overrides)
     with tiny_registered(), opened_sweep(place, config, SPACE, resume=True) as folder:
-        specs = [TrialSpec(n, {"optim.lr": lr}, base(shards, f"optim.lr={lr}", *overrides)) for n, lr in enumerate(_RATES)]
+        specs = [
+            TrialSpec(n, {"optim.lr": lr}, base(shards, f"optim.lr={lr}", *overrides)) for n, lr in enumerate(_RATES)
+        ]
         write_specs(folder, [(spec.number, spec.overrides) for spec in specs])
         desk = Desk(folder, specs, reserved=Reserved(1.0), stages=lambda _: (0, 5), max_failures=1, rule=Second())
         while (trial := desk.next_for(None)) is not None:

@@ -96,12 +96,12 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_takes_over_when_it
 ) -> None:
     monkeypatch.setattr(run_store, "LEASE_TTL_S", 0.4)
     said: list[str] = []
-    with opened_sweep(URL, base(), SPACE, resume=False):
-        with (
-            pytest.raises(UserError, match=rf"^{URL}: another driver is at work on this sweep, process \d+ on "),
-            opened_sweep(URL, base(), SPACE, resume=True, say=said.append),
-        ):
-            pass
+    with (
+        opened_sweep(URL, base(), SPACE, resume=False),
+        pytest.raises(UserError, match=rf"^{URL}: another driver is at work on this sweep, process \d+ on "),
+        opened_sweep(URL, base(), SPACE, resume=True, say=said.append),
+    ):
+        pass
     assert "to renew its lease" in said[0]
     with opened_sweep(URL, base(), SPACE, resume=True) as folder:
         assert isinstance(folder, Mirror)
@@ -141,7 +141,10 @@ def test_a_mistake_is_told_with_the_address(
 
 
 def test_places_that_can_not_be_a_sweep_s(stores: Stores) -> None:
-    for place, message in (("s3://bucket", "a whole bucket; .*--sweep-dir"), ("https://host/x", "web server .*--sweep-dir")):
+    for place, message in (
+        ("s3://bucket", "a whole bucket; .*--sweep-dir"),
+        ("https://host/x", "web server .*--sweep-dir"),
+    ):
         with pytest.raises(UserError, match=message), opened_sweep(place, base(), SPACE, resume=False):
             pass
 
@@ -150,6 +153,8 @@ def test_a_driver_that_is_replaced_can_write_no_more(stores: Stores, here: Path)
     with opened_sweep(URL, base(), SPACE, resume=False) as first:
         assert isinstance(first, Mirror)
         (here / ".lease" / "00000002").write_bytes(b"{}")  # somebody has waited until its lease had run out
+        assert first.store.guard is not None
+        first.store.guard.asked = -1e9  # it asks every two seconds
         with pytest.raises(Interrupted, match="another process has taken over"):
             first.write("trials.json", b"[]")
         with pytest.raises(Interrupted, match="another process has taken over"):
@@ -353,7 +358,9 @@ def trained(payload: dict[str, Any], exchange: Exchange | None = None) -> dict[s
     return news
 
 
-def test_a_trial_says_finished_after_all_that_it_leaves_is_in_the_store(stores: Stores, here: Path, tmp_path: Path) -> None:
+def test_a_trial_says_finished_after_all_that_it_leaves_is_in_the_store(
+    stores: Stores, here: Path, tmp_path: Path
+) -> None:
     shards = str(write_set(tmp_path / "set", {"train": [11, 9, 6], "val": [9, 5]}).folder)
     config = small_config(shards)
     with opened_sweep(URL, base(), SPACE, resume=False) as folder:
