@@ -102,9 +102,8 @@ def ending(payload: Mapping[str, Any], train: Callable[[Folder], None], *, asked
             if not folder.exists("results.json"):
                 train(folder)
     except Interrupted as error:
-        if (
-            remote and not asked()
-        ):  # its node can't reach the store, or the trial is another worker's now: a try that failed
+        if remote and not asked():
+            # Its node can't reach the store, or the trial is another worker's by now: a try that failed.
             return {"state": "crashed", "message": error.message}
         return {"state": "stopped", "message": error.message}
     except MedtlError as error:
