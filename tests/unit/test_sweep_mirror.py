@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dying_runs import small_config
 from fake_store import Stores, stores_in
 from hypothesis import given, settings
@@ -28,8 +29,11 @@ from cluster.trial_state import read_specs, trial_name, write_specs
 from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import Interrupted, UserError
-from medtl_dist.train import checkpoint, ledger, run_store
+from medtl_dist.run import LocalRun
+from medtl_dist.train import checkpoint, journal, ledger, run_store
 from medtl_dist.train.lease import Lease, hand_out
+from medtl_dist.train.loop import fit
+from medtl_dist.train.outbox import Outbox
 from medtl_dist.train.warm import Warm
 
 URL = "s3://bucket/sweeps/first"
@@ -441,3 +445,26 @@ def test_a_cross_validation_in_a_store_is_refused(capsys: pytest.CaptureFixture[
     given = ["--preset", "smoke", "--set", "data.shards=s3://b/x", "--store", "s3://bucket/medtl", "--name", "folds"]
     assert run(["submit", "crossval", *given, "--address", "http://127.0.0.1:9", "--dry-run"]) == 2
     assert "--store s3://bucket/medtl: a cross-validation deals its folds" in capsys.readouterr().err
+
+
+def test_a_store_hears_of_a_trial_less_often_than_of_a_run_of_its_own(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many trials at once nobody follows the progress of each, and every round is a request."""
+    intervals: list[float] = []
+
+    class Noted(Outbox):
+        def __init__(self, *arguments: Any, every_s: float, **options: Any) -> None:
+            intervals.append(every_s)
+            super().__init__(*arguments, every_s=every_s, **options)
+
+    monkeypatch.setattr(journal, "Outbox", Noted)
+    config = small_config(str(write_set(tmp_path / "set", {"train": [11, 9], "val": [9, 5]}).folder), "train.epochs=1")
+    with tiny_registered():
+        fit(config, LocalRun(stores.folder("s3://bucket/runs/alone"), torch.device("cpu")))
+    with opened_sweep(URL, base(), SPACE, resume=False) as folder:
+        place, fence = f"{URL}/{trial_name(0)}", next_lease(folder, 0)
+        assert (
+            trained({"config": config.model_dump(mode="json"), "folder": place, "fence": fence})["state"] == "finished"
+        )
+    assert intervals[0] < intervals[1] < trial_place.BEAT_IN_STORE_S + 1
