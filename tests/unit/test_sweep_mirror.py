@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from dying_runs import small_config
@@ -19,17 +21,20 @@ from shard_sets import write_set
 from test_trials import Clock, desk_of, log_epochs, row
 from tiny_backbone import tiny_registered
 
-from cluster import trial_place
+from cluster import trial_place, tune
 from cluster.node_cache import NodeFolder, cache_place
 from cluster.sweep_folder import begun_sweep, opened_sweep
 from cluster.sweep_mirror import Mirror, next_lease
+from cluster.sweep_trials import sweep_of
 from cluster.trial_place import pulse_of, trial_folder
 from cluster.trial_run import Exchange, train_trial
-from cluster.trial_state import read_specs, trial_name, write_specs
+from cluster.trial_state import TrialSpec, read_specs, trial_name, write_specs
+from cluster.trials import Stopped
 from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import Interrupted, UserError
 from medtl_dist.run import LocalRun
+from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.train import checkpoint, journal, ledger, run_store
 from medtl_dist.train.lease import Lease, hand_out
 from medtl_dist.train.loop import fit
@@ -348,7 +353,9 @@ def test_a_training_says_that_it_is_alive_by_its_lease_and_nothing_while_it_hang
 # The worker's side.
 
 
-def trained(payload: dict[str, Any], exchange: Exchange | None = None) -> dict[str, Any]:
+def trained(
+    payload: dict[str, Any], exchange: Exchange | None = None, tell: Callable[[Any], object] = lambda _: None
+) -> dict[str, Any]:
     """A trial in a thread, its epochs answered; how it ended."""
     exchange = exchange or Exchange()
     thread = threading.Thread(
@@ -357,6 +364,7 @@ def trained(payload: dict[str, Any], exchange: Exchange | None = None) -> dict[s
     with tiny_registered():
         thread.start()
         while (news := exchange.next())["kind"] == "epoch":
+            tell(news["row"])
             exchange.decide(False)
         thread.join(60)
     return news
@@ -416,6 +424,38 @@ def test_a_pulse_never_waits_for_the_store(stores: Stores) -> None:
             alive()
             assert stores.calls == before
         stores.gone = False
+
+
+def test_a_sweep_that_is_stopped_leaves_its_result_in_the_store(
+    stores: Stores, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first of two trials: table, ranking and page of what there is, and a lease that is free again."""
+
+    def one_trial(folder: Mirror, specs: list[TrialSpec], _: Config, *, stopped: Stopped, **__: Any) -> list[Outcome]:
+        desk = desk_of(folder, specs=specs)
+        trial = desk.next_for(None)
+        assert trial is not None
+        desk.begun(trial.number)
+        place, fence = f"{URL}/{trial_name(trial.number)}", next_lease(folder, trial.number)
+        payload = {"config": trial.spec.config.model_dump(mode="json"), "folder": place, "fence": fence}
+        desk.ended(trial.number, trained(payload, tell=lambda news: desk.heard(trial.number, news)))
+        stopped.received = signal.SIGINT
+        return desk.outcomes()
+
+    monkeypatch.setattr(tune, "run_trials", one_trial)
+    monkeypatch.setattr(tune, "set_environment", lambda **_: None)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    shards = str(write_set(tmp_path / "set", {"train": [11, 9, 6], "val": [9, 5]}).folder)
+    config = small_config(shards, f"tune.space={tmp_path}/space.yaml", "tune.searcher=grid", "model.frozen_depth=0")
+    with tiny_registered(), pytest.raises(KeyboardInterrupt):
+        tune.run_sweep(sweep_of(config), URL, resume=False)
+    found = json.loads((here / "sweep.json").read_text())
+    assert [entry["trial"] for entry in found["ranking"]] == [0]
+    assert found["ranking"][0]["auc_ci"] is not None  # from val scores that lie in the store only
+    assert (found["sweep"], [entry["trial"] for entry in found["unranked"]]) == ("first", [1])
+    assert (here / "sweep.html").read_text().startswith("<!DOCTYPE html>")
+    assert pq.read_table(here / "sweep.parquet").column("state").to_pylist() == ["finished", "waiting"]
+    assert json.loads((here / ".lease" / "00000001").read_text())["released"] is True
 
 
 # Beside the trials.

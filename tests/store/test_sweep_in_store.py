@@ -1,4 +1,4 @@
-"""A sweep's driver and its trials against a real S3 server, without Ray: killed and taken up, it is the sweep of a disk."""
+"""A sweep's driver and its trials against a real store, without Ray: killed and taken up, it is the sweep of a disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from dying_runs import assert_same_bits, small_config
 from faulty_proxy import Fault, Proxy
+from gs_server import running_emulator
 from s3_server import S3Server
 from shard_sets import write_set
 from stored_runs import copied
@@ -24,7 +26,7 @@ from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import Reserved, TrialSpec, trial_name, write_specs
 from medtl_dist.config import Config
 from medtl_dist.errors import Interrupted
-from medtl_dist.storage import StorageOptions
+from medtl_dist.storage import EMULATOR, StorageOptions
 from medtl_dist.store_folder import StoreFolder, store_folder
 from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.sweep.summary import sweep_summary
@@ -44,6 +46,12 @@ def place(address: str) -> str:
 
 def base(shards: str, *overrides: str) -> Config:
     return small_config(shards, "train.epochs=3", *overrides)
+
+
+class Sweep(NamedTuple):
+    folder: Path
+    outcomes: list[Outcome]
+    ranking: object
 
 
 def sweep(
@@ -95,14 +103,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_set(tmp_path_factory.mktemp("sweep") / "set", {"train": [11, 9, 6], "val": [9, 5]}).folder)
 
 
+@pytest.fixture(scope="module")
+def near(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """On a disk, undisturbed."""
+    folder = tmp_path_factory.mktemp("near") / "sweep"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_store, "LEASE_TTL_S", _TTL_S)
+        return Sweep(folder, *sweep(folder, shards))
+
+
 def test_a_driver_killed_twice_leaves_the_sweep_of_a_disk(
-    shards: str, place: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: str, place: str, s3: S3Server, near: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once after it heard of an epoch, once before; ended trials are not run again, and stopped ones stay stopped."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
     monkeypatch.setattr(run_store, "LEASE_TTL_S", _TTL_S)
-    undisturbed, ranking = sweep(tmp_path / "near", shards)
-    assert [outcome.state for outcome in undisturbed] == ["finished", "stopped", "finished"]
+    assert [outcome.state for outcome in near.outcomes] == ["finished", "stopped", "finished"]
     store = store_folder(place, StorageOptions(endpoint_url=s3.url))
     context = multiprocessing.get_context("spawn")
     for die_at, heard in ((4, True), (1, False)):
@@ -115,17 +131,17 @@ def test_a_driver_killed_twice_leaves_the_sweep_of_a_disk(
     assert states == ["finished", "running"]
     stamp = store.info(f"{trial_name(0)}/results.json").mtime
     resumed, again = sweep(place, shards)
-    assert told_by(resumed) == told_by(undisturbed)
-    assert again == ranking
+    assert told_by(resumed) == told_by(near.outcomes)
+    assert again == near.ranking
     assert store.info(f"{trial_name(0)}/results.json").mtime == stamp
     far = copied(store, tmp_path / "far")
     for number in (0, 2):
         trial = copied(store.below(trial_name(number)), tmp_path / str(number))
-        assert_same_bits(tmp_path / "near" / trial_name(number), trial)
+        assert_same_bits(near.folder / trial_name(number), trial)
     for outcome in resumed:  # the scores of every epoch, to the last bit
         for epoch in outcome.curve:
             name = f"{outcome.folder}/predictions/epochs/{epoch.epoch:04d}.npy"
-            assert (far / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+            assert (far / name).read_bytes() == (near.folder / name).read_bytes()
 
 
 def test_a_store_that_goes_away_ends_the_sweep_in_bounded_time_and_it_goes_on_later(
@@ -144,6 +160,19 @@ def test_a_store_that_goes_away_ends_the_sweep_in_bounded_time_and_it_goes_on_la
         ("stopped", 1),
         ("finished", 1),
     ]
+
+
+def test_it_is_the_same_sweep_in_google_s_storage(
+    shards: str, near: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_emulator(tmp_path) as url:
+        monkeypatch.setenv(EMULATOR, url)
+        monkeypatch.setattr(run_store, "LEASE_TTL_S", _TTL_S)
+        outcomes, ranking = sweep("gs://sets/sweeps/first", shards)
+        assert told_by(outcomes) == told_by(near.outcomes)
+        assert ranking == near.ranking
+        again, _ = sweep("gs://sets/sweeps/first", shards)  # all that there is to take up
+        assert told_by(again) == told_by(outcomes)
 
 
 def state_of(store: StoreFolder, number: int) -> str:
