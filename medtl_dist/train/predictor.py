@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,8 +186,11 @@ def _notes(config: Config, known: Mapping[str, Any], meta: Mapping[str, Any]) ->
 
 
 def _weights_sha256(folder: Folder, step: int) -> str:
-    manifest = json.loads(folder.read(f"checkpoints/{step:08d}/manifest.json"))
-    return manifest["files"]["model.safetensors"]["sha256"]
+    files = json.loads(folder.read(f"checkpoints/{step:08d}/manifest.json"))["files"]
+    learned = files[checkpoint.WEIGHTS_FILE]["sha256"]
+    if checkpoint.FROZEN_FILE not in files:
+        return learned
+    return hashlib.sha256((learned + files[checkpoint.FROZEN_FILE]["sha256"]).encode()).hexdigest()
 
 
 def _members(folder: Path) -> list[Path]:
