@@ -33,7 +33,7 @@ _SPACE = {
     ],
     "try_first": [{"model.frozen_depth": depth, "optim.lr": lr} for depth, lr in _POINTS],
 }
-# A killed driver's lease is waited for: 8 s here, where a minute is meant.
+# A second driver waits for a sign of the first: a quarter of these 8 s, where a minute is meant.
 _MEDTL = """
 from medtl_dist.cli.main import main
 from medtl_dist.train import run_store
@@ -137,7 +137,6 @@ def test_killed_and_gone_on_with_it_is_the_sweep_of_a_disk(s3: S3Server, options
 
     code, out, said = ended("tune", "--sweep-dir", place, "--resume", "--then", "train", "--test")  # as it was begun
     assert code == 0, said
-    assert "waiting up to 8 s for process" in said
     assert f"page   {place}/sweep.html" in out
     assert {n: store.info(f"trials/{n:05d}/results.json").mtime for n in finished} == before
     far = copied(store, tmp_path / "far" / "sweep")
