@@ -126,6 +126,11 @@ def planned(
     if max_gpu_hours is not None and not 0 < max_gpu_hours < 1e6:
         raise UserError(f"--max-gpu-hours {max_gpu_hours:g}: expected a positive number of hours.")
     root = checked_store(store)
+    if kind == "crossval" and parse_place(root).remote:
+        raise UserError(
+            f"--store {root}: a cross-validation deals its folds into folders of a disk; name one that every node of the cluster "
+            "mounts."
+        )
     tree = config.model_dump(mode="json")
     if config.data.shards is None and not config.transfer.stages:
         raise UserError("data.shards is not set: name the shard set, a URL, or a path relative to --store.")

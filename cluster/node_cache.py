@@ -60,15 +60,16 @@ class NodeFolder:
             self.path.parent.rmdir()
 
 
-def cache_place(sweep: Path, base: str | None, *, own_cluster: bool) -> Path | NodeFolder:
-    """Where a sweep's cache lies. ``base``: ``tune.prefix_cache_dir``.
+def cache_place(sweep: Path | str, base: str | None, *, own_cluster: bool) -> Path | NodeFolder:
+    """Where a sweep's cache lies. ``sweep``: its folder, or its address in a store; ``base``: ``tune.prefix_cache_dir``.
 
     On a cluster of this machine's own it lies in the sweep's folder, where everybody sees it. The nodes of
-    another cluster share that folder over a network, which is no place for what is read in every step.
+    another cluster share that folder, or a store, over a network, which is no place for what is read in every step.
     """
-    if base is None and own_cluster:
+    if base is None and own_cluster and isinstance(sweep, Path):
         return sweep / "cache"
-    return NodeFolder(f"sweep-{hashlib.sha256(str(sweep.absolute()).encode()).hexdigest()[:16]}", base)
+    known_as = str(sweep.absolute()) if isinstance(sweep, Path) else sweep
+    return NodeFolder(f"sweep-{hashlib.sha256(known_as.encode()).hexdigest()[:16]}", base)
 
 
 def on_this_node(warm_options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,24 @@
-"""sweep folder: made once, locked while a driver writes in it, and taken up again only by the sweep that it is of. No Ray."""
+"""sweep folder, on a disk or in a store: made once, locked while a driver writes, gone on with by its own sweep only. No Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from cluster.sweep_mirror import Mirror
 from medtl_dist.config import Config, load_config
-from medtl_dist.errors import UserError
-from medtl_dist.storage import Folder
+from medtl_dist.errors import MedtlError, UserError
+from medtl_dist.storage import Folder, StorageOptions
+from medtl_dist.store_folder import StoreFolder, fetched, folder_at
+from medtl_dist.train import run_store
+from medtl_dist.train.lease import LEASES, fenced, held_lease
 from medtl_dist.train.run_folder import opened_run_folder
+from medtl_dist.train.run_store import owner_here
+from medtl_dist.train.setup import storage_of
 
 SPACE_FILE = "space.yaml"
 # Of the section tune, what decides which trials there are and when they stop.
@@ -22,6 +30,14 @@ def default_sweep_folder(config: Config) -> Path:
     name = Path(config.data.shards or "data").name
     stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     return Path("sweeps") / f"{name}-{config.model.backbone}-{stamp}"
+
+
+def sweep_place(place: Path | str, options: StorageOptions | None = None) -> Folder:
+    """The sweep folder at a path or an address. Raises: UserError, a place that can't be one."""
+    try:
+        return folder_at(place, options)
+    except UserError as error:
+        raise UserError(error.message.replace("--run-dir", "--sweep-dir")) from None
 
 
 @contextlib.contextmanager
@@ -48,6 +64,83 @@ def opened_sweep_folder(folder: Path, config: Config, space: str, *, resume: boo
         if not (opened / SPACE_FILE).is_file():
             Folder.local(opened).write(SPACE_FILE, space.encode())
         yield opened
+
+
+@contextlib.contextmanager
+def opened_sweep(
+    place: Path | str, config: Config, space: str, *, resume: bool, say: Callable[[str], None] = lambda _text: None
+) -> Iterator[Folder]:
+    """The sweep folder at a path or an address, as ``opened_sweep_folder`` has it; in a store its ``Mirror``, under its lease.
+
+    ``say`` is told what a person should know.
+
+    Raises:
+        UserError: as ``opened_sweep_folder``; or the store refuses.
+        Interrupted: the store can't be reached.
+    """
+    store = sweep_place(place, storage_of(config))
+    if not isinstance(store, StoreFolder):
+        with opened_sweep_folder(store.local_path, config, space, resume=resume) as folder:
+            yield Folder.local(folder)
+        return
+    with TemporaryDirectory(prefix="medtl-sweep-") as scratch, contextlib.ExitStack() as stack:
+        look, here = (Path(scratch) / part / store.place.name for part in ("look", "mirror"))
+        for folder in (look, here):
+            folder.mkdir(parents=True)
+            stack.enter_context(_told_by_address(folder, store.url))
+        _copy_first_look(store, look)
+        with opened_sweep_folder(look, config, space, resume=resume):
+            pass  # before waiting for a lease: most mistakes are told at once
+        owner = owner_here()
+        lease = stack.enter_context(held_lease(store, owner=owner, ttl_s=run_store.LEASE_TTL_S, say=say))
+        mirror = Mirror(Folder.local(here).fs, str(here), fenced(store, lease.fence))
+        mirror.fetch_state()
+        before = {name: _bytes(here / name) for name in ("config.yaml", SPACE_FILE)}
+        stack.enter_context(opened_sweep_folder(here, config, space, resume=resume))
+        mirror.publish(name for name, known in before.items() if _bytes(here / name) != known)
+        yield mirror
+
+
+@contextlib.contextmanager
+def begun_sweep(place: str) -> Iterator[Path | None]:
+    """A folder with config and space of the sweep at a path or an address, while the block runs; None where there is none.
+
+    Raises: UserError, Interrupted, see ``StoreFolder``: without its config, the environment alone says how a store is reached.
+    """
+    folder = sweep_place(place)
+    if not folder.exists(SPACE_FILE):
+        yield None
+    elif isinstance(folder, StoreFolder):
+        with fetched(folder, ("config.yaml", SPACE_FILE)) as here:
+            yield here
+    else:
+        yield folder.local_path
+
+
+def _copy_first_look(store: StoreFolder, to: Path) -> None:
+    """What says whether a sweep may be begun or gone on with: config, space, and the names of whatever lies beside them."""
+    for name in store.names():
+        if name in ("config.yaml", SPACE_FILE):
+            (to / name).write_bytes(store.read(name))
+        elif name not in (LEASES, ".ray"):
+            (to / name).touch()
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+@contextlib.contextmanager
+def _told_by_address(here: Path, url: str) -> Iterator[None]:
+    """Errors that name the address, not the scratch folder, and the option of sweeps."""
+    try:
+        yield
+    except MedtlError as error:
+        message = error.message.replace(str(here), url).replace("--run-dir", "--sweep-dir")
+        message = re.sub(
+            r": (.+?) is writing in this run folder;", r": another driver is at work on this sweep, \1;", message
+        )
+        raise type(error)(message) from None
 
 
 def _check_same_sweep(folder: Path, config: Config, space: str) -> None:

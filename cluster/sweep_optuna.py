@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.sweep_trials import Sweep, spec_of
-from cluster.trial_state import TrialSpec, write_specs
+from cluster.trial_state import TrialSpec, place_of, write_specs
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
@@ -18,7 +18,7 @@ PARAMS_FILE = "searcher.json"
 
 
 def proposer(
-    sweep: Sweep, folder: Path, drawn: list[tuple[int, dict[str, Any]]]
+    sweep: Sweep, folder: Path | Folder, drawn: list[tuple[int, dict[str, Any]]]
 ) -> Callable[[list[Outcome]], TrialSpec | None]:
     """Asks Optuna for one more trial, told of those that have ended; None once ``tune.num_trials`` are drawn.
 
@@ -28,7 +28,8 @@ def proposer(
         UserError: Optuna is not installed.
         DataError: ``searcher.json`` does not fit ``trials.json``.
     """
-    params = _read_params(folder, len(drawn))
+    place = place_of(folder)
+    params = _read_params(place.local_path, len(drawn))
     # A sampler that begins anew with the same seed would begin with the same draws.
     study = _study((sweep.base.tune.seed + len(params)) % 2**32)
     asked: dict[int, Any] = {}
@@ -53,9 +54,9 @@ def proposer(
         overrides = optuna_trial_values(sweep.space, trial, sweep.base)
         spec = spec_of(sweep, number, overrides)
         params.append(dict(trial.params))
-        Folder.local(folder).write(PARAMS_FILE, json.dumps(params, indent=1).encode())
+        place.write(PARAMS_FILE, json.dumps(params, indent=1).encode())
         drawn.append((number, dict(overrides)))
-        write_specs(folder, drawn)
+        write_specs(place, drawn)
         return spec
 
     return propose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.trial_state import TrialSpec
@@ -21,8 +22,9 @@ class Sweep:
     space: Space
 
 
-def sweep_of(config: Config) -> Sweep:
-    """The config's sweep, checked before anything starts: every key and value of its space fits the config.
+def sweep_of(config: Config, space_file: Path | None = None) -> Sweep:
+    """The config's sweep, checked before anything starts: every key and value of its space (``space_file``: of that one instead)
+    fits the config.
 
     Raises:
         ConfigError: an unknown space, or one with a key that the config lacks or a value that it refuses.
@@ -32,7 +34,7 @@ def sweep_of(config: Config) -> Sweep:
         raise UserError(
             "a sweep runs single trainings, and transfer.stages is a chain of them: sweep a stage's config by itself."
         )
-    space = load_space(config.tune.space)
+    space = load_space(config.tune.space if space_file is None else str(space_file))
     base = with_threads(config)
     check(space, base)
     return Sweep(base, space)

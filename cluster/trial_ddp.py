@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.launch import set_environment
 from cluster.node_cache import on_this_node
-from cluster.ray_run import RayRun
+from cluster.ray_run import RayRun, Why
+from cluster.trial_place import pulse_of, trial_folder
 from cluster.trial_run import BEAT_EVERY_S, ending
 from cluster.trial_state import beat
 from medtl_dist import collectives
@@ -35,6 +35,7 @@ class DdpTrialRun(RayRun):
     """A rank of a trial. Rank 0 hands each epoch to the trial's actor and asks it whether to stop; the ranks agree."""
 
     trial: Any = None
+    alive: Callable[[], None] | None = field(default=None, repr=False)  # None: a file in the folder is touched
     _beat_at: float = field(default=0.0, repr=False)
 
     def report(self, metrics: Mapping[str, float | int | None]) -> None:
@@ -45,18 +46,19 @@ class DdpTrialRun(RayRun):
     def poll(self) -> Signal:
         if self.rank == 0 and time.monotonic() - self._beat_at >= BEAT_EVERY_S:
             self._beat_at = time.monotonic()
-            beat(self.folder.local_path)
+            self.alive() if self.alive is not None else beat(self.folder.local_path)
         asked: Any = self.rank == 0 and ray.get(self.trial.asked.remote())
         return Signal(max(int(super().poll()), collectives.largest(int(asked))))
 
 
 def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
     """As :func:`cluster.trial_run.train_trial`, on the config's workers. ``trial``: handle of the actor that this runs in."""
+    why = Why.NO_REASON
 
     def train(folder: Folder) -> None:
+        nonlocal why
         config = validate(payload["config"])
         use_gpu = payload["gpus_per_worker"] > 0
-        storage = Path(payload["folder"]) / ".ray"
         # Of the trial, and new for each attempt: Ray has nothing to resume from.
         name = f"trial-{Path(payload['folder']).name}-{uuid.uuid4().hex[:8]}"
         # Ray Train reads its clocks in the process that calls fit: this one, to which the sweep's driver has passed on nothing.
@@ -65,7 +67,7 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
         trainer = TorchTrainer(
             work,
             train_loop_config={"trial": trial, "attempt": name}
-            | {key: payload[key] for key in ("config", "folder", "warm_options", "num_sharing")},
+            | {key: payload[key] for key in ("config", "folder", "fence", "warm_options", "num_sharing")},
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.num_workers,
                 use_gpu=use_gpu,
@@ -77,7 +79,8 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=str(storage),
+                storage_path=folder.at(".ray"),
+                storage_filesystem=folder.fs if folder.remote else None,
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
@@ -87,23 +90,31 @@ def train_ddp_trial(payload: Mapping[str, Any], trial: Any) -> dict[str, Any]:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise RuntimeError(f"its workers' restarts are used up: {lines[-1][:200]}") from None
         finally:
-            shutil.rmtree(storage, ignore_errors=True)
+            with contextlib.suppress(OSError, MedtlError):
+                folder.delete_tree(".ray")  # Ray's own bookkeeping; nothing of ours is in it
         if isinstance(status, dict) and status.get("error"):
+            why = Why(status["why"])
             raise BY_NAME.get(status["error"], MedtlError)(status["message"])
 
-    return ending(payload, train)
+    def asked() -> bool:
+        return why is not Why.NO_REASON or bool(ray.get(trial.asked.remote()))
+
+    return ending(payload, train, asked=asked)
 
 
-def work(payload: dict[str, Any]) -> dict[str, str]:
+def work(payload: dict[str, Any]) -> dict[str, Any]:
     """The training function of a trial's worker. What cannot go on is returned: Ray would retry whatever is raised."""
-    run = DdpTrialRun(Folder.local(payload["folder"]), payload["attempt"], trial=payload["trial"])
+    run: DdpTrialRun | None = None
     try:
         warm = Warm(**on_this_node(payload["warm_options"]))
         warm.cache_trials = payload["num_sharing"]
-        fit(validate(payload["config"]), run, warm=warm)
+        folder = trial_folder(payload)
+        with pulse_of(folder) as alive:
+            run = DdpTrialRun(folder, payload["attempt"], trial=payload["trial"], alive=alive)
+            fit(validate(payload["config"]), run, warm=warm)
     except MedtlError as error:
-        return {"error": type(error).__name__, "message": error.message}
-    return {"error": "", "message": ""}
+        return {"error": type(error).__name__, "message": error.message, "why": int(run.why) if run else 0}
+    return {"error": "", "message": "", "why": 0}
 
 
 def leftover_groups() -> list[str]:

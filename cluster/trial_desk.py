@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.sweep_mirror import Mirror
 from cluster.trial_queue import next_of, prefix_of
 from cluster.trial_state import (
     Reserved,
@@ -19,11 +20,13 @@ from cluster.trial_state import (
     epoch_of,
     epochs_logged,
     outcome_of,
+    place_of,
     read_trial,
     signs_of,
     trial_name,
     write_trial,
 )
+from medtl_dist.errors import MedtlError
 from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 
@@ -53,7 +56,7 @@ class Desk:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Folder,
         specs: Sequence[TrialSpec],
         *,
         reserved: Reserved,
@@ -64,7 +67,8 @@ class Desk:
         silence_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._reserved, self._stages = folder, reserved, stages
+        self._place, self._reserved, self._stages = place_of(folder), reserved, stages
+        self._folder = self._place.local_path
         self._max_failures, self._rule, self._propose, self._clock = max_failures, rule, propose, clock
         self._since: dict[int, float] = {}
         self._silence_s, self._looked_at = silence_s, self._clock()
@@ -109,7 +113,9 @@ class Desk:
             return []
         self._looked_at = now
         for number, (known, _) in list(self._signs.items()):
-            signs = signs_of(self._folder / trial_name(number))
+            signs = self._look_at(number)
+            if signs is None:  # a store that can't be asked: nobody is blamed for it
+                return []
             if signs != known:
                 self._signs[number] = signs, now
         return [number for number, (_, since) in self._signs.items() if now - since > self._silence_s]
@@ -122,12 +128,12 @@ class Desk:
     def begun(self, number: int) -> None:
         """A worker takes the trial."""
         trial = self.trials[number]
-        place = Folder.local(self._folder / trial_name(number))
-        if not place.exists("config.yaml"):  # with it the folder is a run's, whatever else lies there
-            place.write("config.yaml", trial.spec.config.to_yaml().encode())
+        name = f"{trial_name(number)}/config.yaml"
+        if not self._place.exists(name):  # with it the folder is a run's, whatever else lies there
+            self._place.write(name, trial.spec.config.to_yaml().encode())
         trial.state, trial.reason = "running", None
         self._since[number] = self._clock()
-        write_trial(self._folder, trial)
+        write_trial(self._place, trial)
 
     def up(self, number: int) -> None:
         """Its worker is there: the trial's clock starts now, without what a new process costs."""
@@ -142,7 +148,7 @@ class Desk:
             trial.cached_s = (trial.cached_s or 0.0) + spent
         trial.curve[int(row["epoch"])] = epoch_of(row, trial.seconds + self._busy(number))
         self._ask_rule(trial, int(row["epoch"]))
-        write_trial(self._folder, trial)
+        write_trial(self._place, trial)
         self._note_signs(number)
         return number in self._told_to_stop
 
@@ -157,7 +163,7 @@ class Desk:
             state, message = "waiting", None  # the driver itself was told to stop: --resume goes on from the checkpoint
         trial.state = state
         trial.reason = self._told_to_stop.get(number) if state == "stopped" else message
-        write_trial(self._folder, trial)
+        write_trial(self._place, trial)
         return True
 
     def lost(self, number: int, cause: str) -> None:
@@ -165,7 +171,7 @@ class Desk:
         trial = self._leave(number)
         if number in self._told_to_stop:  # what it was to do next was to end; its checkpoint is older than that news
             trial.state, trial.reason = "stopped", self._told_to_stop[number]
-            write_trial(self._folder, trial)
+            write_trial(self._place, trial)
             return
         if trial.failures >= self._max_failures:
             tries = f"{trial.failures + 1} {'try' if trial.failures == 0 else 'tries'}"
@@ -173,14 +179,18 @@ class Desk:
         else:
             trial.failures += 1
             trial.state, trial.reason = "waiting", f"crashed, to be tried again: {cause}"
-        write_trial(self._folder, trial)
+        write_trial(self._place, trial)
 
     def closed(self) -> None:
         """The driver leaves: what still ran waits, so that nothing claims to be running."""
+        place = self._place.once() if isinstance(self._place, Mirror) else self._place
         for number in list(self._since):
             trial = self._leave(number)
             trial.state = "waiting"
-            write_trial(self._folder, trial)
+            try:
+                write_trial(place, trial)
+            except MedtlError:  # the store is gone; what runs there by its last word is taken up likewise
+                place = Folder.local(self._folder)
 
     # How it does it.
 
@@ -209,7 +219,7 @@ class Desk:
             trial.state = "waiting"
             if number in self._told_to_stop:
                 trial.state, trial.reason = "stopped", self._told_to_stop[number]
-            write_trial(self._folder, trial)
+            write_trial(self._place, trial)
 
     def _ask_rule(self, trial: Trial, epoch: int) -> None:
         if self._rule is None:
@@ -226,7 +236,14 @@ class Desk:
         return trial
 
     def _note_signs(self, number: int) -> None:
-        self._signs[number] = signs_of(self._folder / trial_name(number)), self._clock()
+        # In a store the next look will do: it finds something new, and counts from then on.
+        known = () if isinstance(self._place, Mirror) else signs_of(self._folder / trial_name(number))
+        self._signs[number] = known, self._clock()
+
+    def _look_at(self, number: int) -> Signs | None:
+        if isinstance(self._place, Mirror):
+            return self._place.signs(number)
+        return signs_of(self._folder / trial_name(number))
 
     def _busy(self, number: int) -> float:
         return self._clock() - self._since[number] if number in self._since else 0.0

@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 
+from cluster.trial_place import opened_trial, pulse_of
 from cluster.trial_state import beat
 from medtl_dist.config import validate
 from medtl_dist.errors import Interrupted, MedtlError
 from medtl_dist.run import Folder, Signal
+from medtl_dist.storage import is_remote
 from medtl_dist.train.loop import fit
-from medtl_dist.train.run_folder import opened_run_folder
-from medtl_dist.train.status import status_of
 from medtl_dist.train.warm import Warm
 
 BEAT_EVERY_S = 1.0
-_PREDECESSOR_S = 60.0  # a killed driver's workers are gone long before
 
 
 class Exchange:
@@ -68,6 +67,7 @@ class TrialRun:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    alive: Callable[[], None] | None = field(default=None, repr=False)  # None: a file in the folder is touched
     _beat_at: float = field(default=0.0, repr=False)
 
     def report(self, metrics: Mapping[str, float | int | None]) -> None:
@@ -76,7 +76,7 @@ class TrialRun:
     def poll(self) -> Signal:
         if time.monotonic() - self._beat_at >= BEAT_EVERY_S:
             self._beat_at = time.monotonic()
-            beat(self.folder.local_path)
+            self.alive() if self.alive is not None else beat(self.folder.local_path)
         return Signal.CHECKPOINT_AND_STOP if self.exchange.stop_asked.is_set() else Signal.GO_ON
 
 
@@ -86,19 +86,25 @@ def train_trial(payload: Mapping[str, Any], exchange: Exchange, warm: Warm) -> d
     ``state``: finished; stopped (as asked, after a checkpoint); failed (``message``: hopeless, the same would happen again);
     crashed (``message``: worth another try).
     """
-    return ending(payload, lambda folder: fit(validate(payload["config"]), TrialRun(folder, exchange), warm=warm))
+
+    def train(folder: Folder) -> None:
+        with pulse_of(folder) as alive:
+            fit(validate(payload["config"]), TrialRun(folder, exchange, alive=alive), warm=warm)
+
+    return ending(payload, train, asked=exchange.stop_asked.is_set)
 
 
-def ending(payload: Mapping[str, Any], train: Callable[[Folder], None]) -> dict[str, Any]:
-    """``train`` in the trial's run folder, under its lock, and its end as plain values."""
-    path = Path(payload["folder"])
+def ending(payload: Mapping[str, Any], train: Callable[[Folder], None], *, asked: Callable[[], bool]) -> dict[str, Any]:
+    """``train`` in the trial's run folder, where nobody else writes, and its end as plain values. ``asked``: whether to stop."""
+    remote = is_remote(payload["folder"])
     try:
-        _wait_for_predecessor(path)
-        with opened_run_folder(path, validate(payload["config"]), resume=True):
-            folder = Folder.local(path)
+        with opened_trial(payload) as folder:
             if not folder.exists("results.json"):
                 train(folder)
     except Interrupted as error:
+        if remote and not asked():
+            # Its node can't reach the store, or the trial is another worker's by now: a try that failed.
+            return {"state": "crashed", "message": error.message}
         return {"state": "stopped", "message": error.message}
     except MedtlError as error:
         return {"state": "failed", "message": error.message}
@@ -110,12 +116,3 @@ def ending(payload: Mapping[str, Any], train: Callable[[Folder], None]) -> dict[
             "message": f"{type(error).__name__}: {cause} ({Path(where.filename).name}, line {where.lineno})",
         }
     return {"state": "finished"}
-
-
-def _wait_for_predecessor(folder: Path) -> None:
-    """After a crash of the driver its worker may still be dying: two must not write in one folder."""
-    deadline = time.monotonic() + _PREDECESSOR_S
-    while (folder / "config.yaml").is_file() and time.monotonic() < deadline:
-        if status_of(folder)["state"] != "running":
-            return
-        time.sleep(0.2)

@@ -64,7 +64,12 @@ def trial_name(number: int) -> str:
     return f"trials/{number:05d}"
 
 
-def write_trial(folder: Path, trial: Trial) -> None:
+def place_of(folder: Path | Folder) -> Folder:
+    """A sweep's folder by its path, or as it is (``sweep_mirror.Mirror``, where it lies in a store)."""
+    return folder if isinstance(folder, Folder) else Folder.local(folder)
+
+
+def write_trial(folder: Path | Folder, trial: Trial) -> None:
     """Replace the trial's ``trial.json``: a reader sees the old one or the new one. Raises OSError when the disk is full."""
     row = {
         "number": trial.number,
@@ -75,7 +80,7 @@ def write_trial(folder: Path, trial: Trial) -> None:
         "cached_s": trial.cached_s,
         "curve": [_plain(dataclasses.asdict(trial.curve[epoch])) for epoch in sorted(trial.curve)],
     }
-    Folder.local(folder).write(
+    place_of(folder).write(
         f"{trial_name(trial.number)}/{TRIAL_FILE}", json.dumps(row, indent=1, allow_nan=False).encode()
     )
 
@@ -173,10 +178,10 @@ def outcome_of(trial: Trial, reserved: Reserved, *, frozen_depth: int, num_stage
     )
 
 
-def write_specs(folder: Path, drawn: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+def write_specs(folder: Path | Folder, drawn: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
     """Replace ``trials.json``, the list of what was drawn."""
     rows = [{"number": number, "overrides": dict(overrides)} for number, overrides in drawn]
-    Folder.local(folder).write("trials.json", json.dumps(rows, indent=1, allow_nan=False).encode())
+    place_of(folder).write("trials.json", json.dumps(rows, indent=1, allow_nan=False).encode())
 
 
 def read_specs(folder: Path) -> list[tuple[int, dict[str, Any]]] | None:

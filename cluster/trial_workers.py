@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from cluster.node_cache import on_this_node
+from cluster.sweep_mirror import next_lease
 from cluster.trial_desk import Desk
 from cluster.trial_queue import prefix_of
 from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import Reserved, Trial, trial_name
 from medtl_dist.errors import UserError
+from medtl_dist.storage import Folder
 from medtl_dist.train.warm import Warm
 
 _ROUND_S = 0.5
@@ -93,7 +94,7 @@ class _Slot:
 class Crew:
     """What every worker of a sweep is alike in. ``num_workers``: Ray Train workers of one trial."""
 
-    folder: Path
+    place: Folder
     num_slots: int
     reserved: Reserved
     num_workers: int
@@ -112,7 +113,8 @@ class Crew:
             "num_sharing": num_sharing,
             "warm_options": dict(self.warm_options),
             "config": trial.spec.config.model_dump(mode="json"),
-            "folder": str(self.folder / trial_name(trial.number)),
+            "folder": f"{self.place.url}/{trial_name(trial.number)}",
+            "fence": next_lease(self.place, trial.number),
             "num_workers": self.num_workers,
             "gpus_per_worker": self.reserved.gpus / self.num_workers,
         }

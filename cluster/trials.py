@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.launch import has_own_cluster, set_environment
 from cluster.trial_desk import Desk, Propose, Rule
-from cluster.trial_state import Reserved, TrialSpec, read_trial
+from cluster.trial_state import Reserved, TrialSpec, place_of, read_trial
 from medtl_dist.config import Config
 from medtl_dist.errors import UserError
 from medtl_dist.storage import Folder
@@ -52,7 +52,7 @@ def stopping_on_signals() -> Iterator[Stopped]:
 
 
 def run_trials(
-    folder: Path,
+    folder: Path | Folder,
     trials: Sequence[TrialSpec],
     base: Config,
     *,
@@ -63,7 +63,8 @@ def run_trials(
     warm_options: dict[str, Any] | None = None,
     at_end: Callable[[list[Outcome]], None] | None = None,
 ) -> list[Outcome]:
-    """Run each trial's config as an ordinary training in ``folder/trials/NNNNN``; the outcomes of all, by number.
+    """Run each trial's config as an ordinary training in ``trials/NNNNN`` of a folder, or of a ``Mirror`` of one in a store; the
+    outcomes of all, by number.
 
     Single-worker trials (``base.cluster.num_workers`` 0 or 1) share warm processes, one trial after another in each; others
     start their own Ray Train workers. As many run at once as the cluster has room for. What ``folder`` says has ended
@@ -81,6 +82,7 @@ def run_trials(
     Raises:
         UserError: no cluster, no room for even one trial, or a folder or shard set that not every node sees.
     """
+    place = place_of(folder)
     set_environment(own_cluster=has_own_cluster(base))
     from cluster.shared_folder import check_shared
     from cluster.train import connected
@@ -94,17 +96,17 @@ def run_trials(
 
     def desk_for(reserved: Reserved) -> Desk:
         return Desk(
-            folder, trials, reserved=reserved, stages=stages, max_failures=base.tune.max_trial_failures,
+            place, trials, reserved=reserved, stages=stages, max_failures=base.tune.max_trial_failures,
             rule=stop_rule, propose=propose, silence_s=base.tune.silence_timeout_s,
         )  # fmt: skip
 
-    if propose is None and all(read_trial(folder, spec).ended for spec in trials):
+    if propose is None and all(read_trial(place.local_path, spec).ended for spec in trials):
         return desk_for(reserved_for(base, num_gpus=0)).outcomes()
     num_workers = max(base.cluster.num_workers, 1)
     with connected(base):
         import ray
 
-        check_shared(trials[0].config if trials else base, Folder.local(folder))
+        check_shared(trials[0].config if trials else base, place)
         reserved = reserved_for(base, num_gpus=int(ray.cluster_resources().get("GPU", 0)))
         slots = slots_on_cluster(reserved, num_workers)
         if slots < 1:
@@ -117,7 +119,7 @@ def run_trials(
         desk = desk_for(reserved)
         drive(
             desk,
-            Crew(folder, slots, reserved, num_workers, warm_options or {}),
+            Crew(place, slots, reserved, num_workers, warm_options or {}),
             told_to_stop=stopped,
             tick=lambda: on_news(desk.outcomes()) if on_news is not None else None,
             grace_s=base.cluster.stop_grace_s,

@@ -10,7 +10,8 @@ from typing import Any
 
 from cluster.launch import has_own_cluster, set_environment
 from cluster.node_cache import NodeFolder, cache_place, remove_on_nodes
-from cluster.sweep_folder import opened_sweep_folder
+from cluster.sweep_folder import opened_sweep
+from cluster.sweep_mirror import Mirror
 from cluster.sweep_trials import Sweep, check_trials, drawn_trials, specs_of
 from cluster.trial_desk import Propose, waiting_numbers
 from cluster.trial_state import TrialSpec, read_specs, write_specs
@@ -18,33 +19,36 @@ from cluster.trials import Stopped, run_trials, stopping_on_signals
 from medtl_dist.config import Config
 from medtl_dist.errors import Interrupted, TrainingError
 from medtl_dist.sections_cluster import Tune
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 
 
 def run_sweep(
     sweep: Sweep,
-    folder: Path,
+    place: Path | str,
     *,
     resume: bool,
     on_start: Callable[[list[TrialSpec]], None] = lambda _specs: None,
+    say: Callable[[str], None] = lambda _text: None,
     on_news: Callable[[list[Outcome]], None] | None = None,
 ) -> list[Outcome]:
-    """Run the sweep, or go on with it, and leave its table, ranking and page in the folder. How all trials ended.
+    """Run the sweep, or go on with it, and leave its table, ranking and page in its folder (a path or an address). How all trials
+    ended. ``say`` is told what a person should know before the first trial starts.
 
     The test split is never opened here.
 
     Raises:
         UserError: the folder is another sweep's, or another driver is at work in it; no room on the cluster.
         KeyboardInterrupt: after Ctrl-C, once running trials have stopped and the results so far are written.
-        Interrupted: likewise after SIGTERM.
+        Interrupted: likewise after SIGTERM; or the store can't be reached, then without a result.
     """
     tune = sweep.base.tune
     propose: Propose | None = None
     with (
-        opened_sweep_folder(folder, sweep.base, sweep.space.to_yaml(), resume=resume),
+        opened_sweep(place, sweep.base, sweep.space.to_yaml(), resume=resume, say=say) as folder,
         stopping_on_signals() as stopped,
     ):
-        drawn = read_specs(folder)
+        drawn = read_specs(folder.local_path)
         if drawn is None:
             drawn = drawn_trials(sweep)
             write_specs(folder, drawn)
@@ -57,7 +61,8 @@ def run_sweep(
         on_start(specs)
         own_cluster = has_own_cluster(sweep.base)
         set_environment(own_cluster=own_cluster)
-        cache = cache_place(folder, tune.prefix_cache_dir, own_cluster=own_cluster)
+        known_as = folder.url if folder.remote else folder.local_path
+        cache = cache_place(known_as, tune.prefix_cache_dir, own_cluster=own_cluster)
         outcomes = run_trials(
             folder,
             specs,
@@ -71,14 +76,18 @@ def run_sweep(
         )
         _forget_cache(cache, tune, outcomes, connected=False)
         _write_result(folder, outcomes)
-    _raise_if_stopped(stopped, outcomes, folder)
+    _raise_if_stopped(stopped, outcomes, folder.url)
     return outcomes
 
 
-def _write_result(folder: Path, outcomes: list[Outcome]) -> None:
-    from medtl_dist.report.sweep_page import build_sweep_page
-    from medtl_dist.sweep.summary import write_sweep
+def _write_result(place: Folder, outcomes: list[Outcome]) -> None:
+    from medtl_dist.report.sweep_page import PAGE, build_sweep_page
+    from medtl_dist.sweep.summary import SUMMARY, write_sweep
+    from medtl_dist.sweep.table import TABLE
 
+    folder = place.local_path
+    if isinstance(place, Mirror):
+        place.fetch_scores()
     try:
         write_sweep(folder, outcomes)
     except OSError as error:
@@ -87,6 +96,8 @@ def _write_result(folder: Path, outcomes: list[Outcome]) -> None:
             "same command with --resume writes it."
         ) from None
     build_sweep_page(folder)
+    if isinstance(place, Mirror):
+        place.publish((TABLE, SUMMARY, PAGE))
 
 
 def _forget_cache(cache: Path | NodeFolder, tune: Tune, outcomes: list[Outcome], *, connected: bool) -> None:
@@ -133,11 +144,11 @@ def _announced(propose: Propose, on_start: Callable[[list[TrialSpec]], None]) ->
     return proposing
 
 
-def _raise_if_stopped(stopped: Stopped, outcomes: list[Outcome], folder: Path) -> None:
+def _raise_if_stopped(stopped: Stopped, outcomes: list[Outcome], shown: str) -> None:
     left = len(waiting_numbers(outcomes))
     if stopped.received == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped.received is not None:
         raise Interrupted(
-            f"{folder}: stopped as asked with {left} trials to go; the same command with --resume goes on."
+            f"{shown}: stopped as asked with {left} trials to go; the same command with --resume goes on."
         )

@@ -44,8 +44,8 @@ class Tune(Section):
     )
     prefix_cache_dir: str | None = Field(
         default=None,
-        description="Folder on every node's local disk for that cache; null: in the sweep's folder, or, on a cluster that is not "
-        "this machine's own, in each node's temporary folder.",
+        description="Folder on every node's local disk for that cache; null: in the sweep's folder; where that is in a store, or "
+        "the cluster is not this machine's own, in each node's temporary folder.",
     )
     keep_prefix_cache: bool = Field(
         default=False, description="Keep it after the sweep; it is made from patients' images."

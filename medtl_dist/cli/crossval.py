@@ -12,6 +12,8 @@ import typer
 from medtl_dist.cli.headline import describe_auc
 from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset
 from medtl_dist.config import Config, load_config
+from medtl_dist.errors import UserError
+from medtl_dist.storage import parse_place
 
 
 class EpochsFrom(enum.StrEnum):
@@ -22,7 +24,7 @@ class EpochsFrom(enum.StrEnum):
 
 
 def crossval(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder of the cross-validation; made if missing.")],
+    run_dir: Annotated[str, typer.Option("--run-dir", help="Folder of the cross-validation; made if missing.")],
     folds: Annotated[int, typer.Option("--folds", help="Parts, each held out once; a patient is in one of them.")] = 5,
     repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are dealt anew.")] = 1,
     epochs_from: Annotated[
@@ -49,10 +51,15 @@ def crossval(
     from medtl_dist.train.crossval import Settings
 
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    place = parse_place(run_dir)
+    if place.remote:
+        raise UserError(
+            f"{place.url}: a cross-validation deals its folds into folders of a disk; name one with --run-dir."
+        )
     settings = Settings(folds, repeats, epochs_from.value)
     run_crossval(
         resolved,
-        run_dir.absolute(),
+        Path(place.url),
         settings,
         resume=resume,
         keep_sets=keep_folds,

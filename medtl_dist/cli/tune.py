@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from medtl_dist.cli.sweep_table import drawn_of, showing
 from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset, print_outcome, run_one, with_absolute_paths
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import TrainingError, UserError
+from medtl_dist.storage import Folder, is_remote
+from medtl_dist.store_folder import StoreFolder, fetched
 
 _MAX_SEEDS = 100
 
@@ -27,7 +30,9 @@ def tune(
     num_trials: Annotated[
         int | None, typer.Option("--num-trials", metavar="N", help="Trials in all; wins over tune.num_trials.")
     ] = None,
-    sweep_dir: Annotated[Path | None, typer.Option("--sweep-dir", help="Sweep folder; made if missing.")] = None,
+    sweep_dir: Annotated[
+        str | None, typer.Option("--sweep-dir", help="Sweep folder, made if missing; or an s3:// or gs:// address.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the sweep in --sweep-dir; without other options as it was begun."),
@@ -53,17 +58,12 @@ def tune(
     """
     _check_options(then, seeds=seeds, test=test, dry_run=dry_run)
     given = preset is not None or config is not None or bool(overrides)
-    sweep_dir = sweep_dir.absolute() if sweep_dir is not None else None
-    if resume and not given and sweep_dir is not None and (sweep_dir / "space.yaml").is_file():
-        asked = load_config(file=sweep_dir / "config.yaml")
-        space = space or str(sweep_dir / "space.yaml")
-    else:
-        asked = load_config(preset=preset, file=config, overrides=overrides or [])
-    asked = with_absolute_paths(_with_tune(asked, space=space, num_trials=num_trials))
-
-    from cluster.sweep_trials import sweep_of
-
-    sweep = sweep_of(asked)
+    asked, sweep = _asked(
+        None if given or not resume else sweep_dir,
+        lambda: load_config(preset=preset, file=config, overrides=overrides or []),
+        space=space,
+        num_trials=num_trials,
+    )
     if test:
         from medtl_dist.train.start import check_inputs
 
@@ -71,9 +71,10 @@ def tune(
     if dry_run:
         _print_plan(sweep, as_json=as_json)
         return
-    from cluster.sweep_folder import default_sweep_folder
+    from cluster.sweep_folder import default_sweep_folder, sweep_place
+    from medtl_dist.train.setup import storage_of
 
-    folder = sweep_dir or default_sweep_folder(asked).absolute()
+    folder = sweep_place(sweep_dir or default_sweep_folder(asked), storage_of(asked))
     found = _run(sweep, folder, resume=resume)
     if as_json and then is None:
         typer.echo(json.dumps(found))
@@ -99,6 +100,28 @@ def _check_options(then: str | None, *, seeds: int, test: bool, dry_run: bool) -
         raise UserError("--dry-run starts nothing, so there is nothing to do --then.")
 
 
+def _asked(
+    begun_at: str | None, load: Callable[[], Config], *, space: str | None, num_trials: int | None
+) -> tuple[Config, Any]:
+    """The config and its sweep: of the sweep that has begun at a path or an address, if one has, else what ``load`` returns."""
+    with contextlib.ExitStack() as stack:
+        begun: Path | None = None
+        if begun_at is not None:
+            from cluster.sweep_folder import begun_sweep
+
+            begun = stack.enter_context(begun_sweep(begun_at))
+        config = load() if begun is None else load_config(file=begun / "config.yaml")
+        space_file: Path | None = None
+        if begun is not None and space is None:
+            space_file = begun / "space.yaml"
+            if not is_remote(begun_at or ""):  # of a store it is a copy, for now, that no config should name
+                space, space_file = str(space_file), None
+        asked = with_absolute_paths(_with_tune(config, space=space, num_trials=num_trials))
+        from cluster.sweep_trials import sweep_of
+
+        return asked, sweep_of(asked, space_file)
+
+
 def _with_tune(config: Config, *, space: str | None, num_trials: int | None) -> Config:
     """The options that have a key of their own, as if set; a space's file by its whole path."""
     from medtl_dist.config import validate
@@ -112,12 +135,12 @@ def _with_tune(config: Config, *, space: str | None, num_trials: int | None) -> 
     return validate(tree | {"tune": tree["tune"] | keys})
 
 
-def _run(sweep: Any, folder: Path, *, resume: bool) -> dict[str, Any]:
+def _run(sweep: Any, folder: Folder, *, resume: bool) -> dict[str, Any]:
     """Run the sweep before the user's eyes and return its result."""
     from rich.console import Console
 
     from cluster.tune import run_sweep
-    from medtl_dist.sweep.summary import read_summary
+    from medtl_dist.sweep.summary import SUMMARY, read_summary
 
     epochs: dict[int, int] = {}
 
@@ -130,8 +153,11 @@ def _run(sweep: Any, folder: Path, *, resume: bool) -> dict[str, Any]:
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     with showing(console, epochs_of) as tell:
-        run_sweep(sweep, folder, resume=resume, on_start=started, on_news=tell)
-    return read_summary(folder)
+        run_sweep(sweep, folder.url, resume=resume, on_start=started, on_news=tell, say=console.print)
+    if not isinstance(folder, StoreFolder):
+        return read_summary(folder.local_path)
+    with fetched(folder, (SUMMARY,)) as here:
+        return read_summary(here)
 
 
 def _print_plan(sweep: Any, *, as_json: bool) -> None:
@@ -175,10 +201,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _print_result(found: Mapping[str, Any], folder: Path) -> None:
+def _print_result(found: Mapping[str, Any], folder: Folder) -> None:
     for line in result_lines(found):
         typer.echo(line)
-    typer.echo(f"page   {folder / 'sweep.html'}")
+    typer.echo(f"page   {folder.url}/sweep.html")
 
 
 def result_lines(found: Mapping[str, Any]) -> list[str]:
@@ -212,21 +238,27 @@ def _ranked_line(row: Mapping[str, Any]) -> str:
 
 
 def _train_winner(
-    asked: Config, folder: Path, found: Mapping[str, Any], *, seeds: int, test: bool, as_json: bool
+    asked: Config, folder: Folder, found: Mapping[str, Any], *, seeds: int, test: bool, as_json: bool
 ) -> list[dict[str, Any]]:
     """The winner's config once more, as ordinary runs in ``folder/winner/seed-N``, with ``train.seed`` and the next ones."""
+    from medtl_dist.train.run_store import read_config_in
+
     if found["winner"] is None:
-        raise TrainingError(f"{folder}: no trial could be ranked, so there is no winner to train.")
+        raise TrainingError(f"{folder.url}: no trial could be ranked, so there is no winner to train.")
     number = found["winner"]["trial"]
-    winner = load_config(file=folder / found["winner"]["folder"] / "config.yaml")
+    winner = read_config_in(_below(folder, found["winner"]["folder"]))
     results = []
     for seed in range(winner.train.seed, winner.train.seed + seeds):
         # In a sweep a trial computes with its share of the machine; alone it has it all, unless the user has said otherwise.
         train = winner.train.model_copy(update={"seed": seed, "threads": asked.train.threads})
-        place = folder / "winner" / f"seed-{seed}"
+        place = _below(folder, f"winner/seed-{seed}").url
         typer.echo(f"training the winner, trial {number}, with seed {seed} in {place}", err=True)
         outcome, report_path, _ = run_one(winner.model_copy(update={"train": train}), place, resume=True, test=test)
-        results.append({"seed": seed, "folder": str(place.relative_to(folder)), "results": outcome})
+        results.append({"seed": seed, "folder": f"winner/seed-{seed}", "results": outcome})
         if not as_json:
             print_outcome(outcome, report_path)
     return results
+
+
+def _below(folder: Folder, name: str) -> Folder:
+    return folder.below(name) if isinstance(folder, StoreFolder) else Folder.local(folder.local_path / name)

@@ -13,6 +13,7 @@ what its successor, whose fence is higher, has written. The newest checkpoint is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -207,6 +208,18 @@ def load(folder: Folder, step: int) -> tuple[dict[str, Tensor], dict[str, Any], 
 def load_meta(folder: Folder, step: int) -> dict[str, Any]:
     """What a checkpoint says of itself, verified. Raises DataError."""
     return json.loads(verify(folder, step)["meta.json"])
+
+
+def newest_meta(folder: Folder) -> dict[str, Any] | None:
+    """What the newest completed checkpoint says of itself, without a look at its weights; None where there is none."""
+    for fence, step in sorted(_listed(folder), reverse=True):
+        place = f"checkpoints/{_name(step, fence or None)}"
+        with contextlib.suppress(DataError, ValueError, KeyError, TypeError):
+            listed = json.loads(folder.read(f"{place}/manifest.json"))["files"]["meta.json"]
+            data = folder.read(f"{place}/meta.json")
+            if hashlib.sha256(data).hexdigest() == listed["sha256"]:
+                return json.loads(data)
+    return None
 
 
 def retain(folder: Folder, *, best: int | None, newest: int) -> None:

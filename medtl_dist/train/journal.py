@@ -22,13 +22,14 @@ from medtl_dist.train.mlflow_log import MlflowLog
 from medtl_dist.train.outbox import Outbox
 
 _PROGRESS_EVERY_S = 1.0
+_CARRIED_EVERY_S = 5.0
 
 
 class Journal:
     """The run's log on rank 0, silent on the others."""
 
-    def __init__(self, run: Run, config: Config, *, first_step: int = 0) -> None:
-        """Raises UserError where MLflow is asked for and is not installed."""
+    def __init__(self, run: Run, config: Config, *, first_step: int = 0, one_of_many: bool = False) -> None:
+        """``one_of_many``: nobody follows this one; a store hears of it less often. Raises UserError where MLflow is missing."""
         self._folder: Folder | None = run.folder if run.rank == 0 else None
         self._last_progress = 0.0
         self._writer: SummaryWriter | None = None
@@ -36,7 +37,8 @@ class Journal:
         self._mlflow: MlflowLog | None = None
         if self._folder is not None:
             if isinstance(self._folder, StoreFolder):
-                self._outbox = Outbox(self._folder, kept=("log.jsonl",))
+                every_s = _CARRIED_EVERY_S * (3 if one_of_many else 1)
+                self._outbox = Outbox(self._folder, kept=("log.jsonl",), every_s=every_s)
                 self._folder = Folder.local(self._outbox.here)
             if config.train.mlflow_uri is not None:
                 self._mlflow = MlflowLog(config, run.folder, self.note)

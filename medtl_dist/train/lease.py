@@ -29,6 +29,7 @@ from medtl_dist.train.process_mark import has_ended, mark_of_this_process
 LEASES = ".lease"
 _PROBE = "now-"
 _SLACK_S = 2.0  # S3 tells times in whole seconds
+_A_GENERATION = 10_000  # leases that the holder of one lease can hand out in a folder below
 
 
 class Shelf(Protocol):
@@ -260,6 +261,18 @@ def fenced(folder: StoreFolder, fence: int, leased_at: str | None = None) -> Sto
     whole = folder if leased_at is None else store_folder(leased_at, folder.options)
     shelf = FolderShelf(whole.below(LEASES))
     return replace(folder, fence=fence, leased_at=whole.url, guard=Guard(lambda: check_fence(shelf, fence)))
+
+
+def hand_out(shelf: Shelf, generation: int, *, owner: str, ttl_s: float) -> int:
+    """Make the next lease for a writer that its caller starts, whoever holds the last one: the number for that writer.
+
+    Who held a lower one is told by its next look, as ever. The caller holds the lease of a folder above, and that one's number is
+    the ``generation``: whatever an earlier generation still hands out is lower than all of a later one's.
+    """
+    first = generation * _A_GENERATION
+    number = 1 + max([first, *(number for number in _numbers(shelf) if number < first + _A_GENERATION)])
+    shelf.put(_name(number), _content(owner, ttl_s, "", 0, released=False))
+    return number
 
 
 def _numbers(shelf: Shelf) -> list[int]:

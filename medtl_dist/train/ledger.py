@@ -12,7 +12,7 @@ import json
 import secrets
 from pathlib import Path
 
-from medtl_dist.store_folder import StoreFolder
+from medtl_dist.store_folder import StoreFolder, store_folder
 from medtl_dist.train.run_folder import above, whole_of
 
 LEDGER = "test_openings.jsonl"
@@ -51,7 +51,7 @@ def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha
     """As ``record_opening``, for a run in a store, or a stage of one. Raises MedtlError, see ``StoreFolder``."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     entry = json.dumps({"run": run.place.name}).encode()
-    whole_of(run).sibling(_IN_STORE).write(
+    _whole_in_store(run).sibling(_IN_STORE).write(
         f"{dataset_sha256}/{config_sha256}-{stamp}-{secrets.token_hex(8)}.json", entry
     )
     return count_openings_in_store(run, dataset_sha256)
@@ -59,8 +59,18 @@ def record_opening_in_store(run: StoreFolder, *, dataset_sha256: str, config_sha
 
 def count_openings_in_store(run: StoreFolder, dataset_sha256: str) -> dict[str, int]:
     """As ``count_openings``, for runs in a store."""
-    entries = whole_of(run).sibling(_IN_STORE).names(dataset_sha256)
+    entries = _whole_in_store(run).sibling(_IN_STORE).names(dataset_sha256)
     return {"count": len(entries), "configurations": len({entry.partition("-")[0] for entry in entries})}
+
+
+def _whole_in_store(run: StoreFolder) -> StoreFolder:
+    """The run, the chain that it is a stage of, or the sweep whose winner it trains: beside that the ledger lies."""
+    place, _, part = run.place.url.rpartition("/")[0].rpartition("/")
+    if part == "winner" and "/" in place.partition("://")[2]:
+        sweep = store_folder(place, run.options)
+        if sweep.exists("space.yaml"):
+            return sweep
+    return whole_of(run)
 
 
 def _ledger_of(run_folder: Path) -> Path:

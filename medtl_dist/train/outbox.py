@@ -14,14 +14,13 @@ from pathlib import Path
 from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.store_folder import StoreFolder
 
-_EVERY_S = 5.0
 _LAST_ROUND_S = 60.0
 
 
 class Outbox:
     """``here`` is a local folder; a file in it that is said to have ``changed`` reaches ``folder`` within seconds."""
 
-    def __init__(self, folder: StoreFolder, *, kept: tuple[str, ...] = (), every_s: float = _EVERY_S) -> None:
+    def __init__(self, folder: StoreFolder, *, kept: tuple[str, ...] = (), every_s: float) -> None:
         """``kept``: files that the run folder may hold already and that will grow. Raises MedtlError, see ``StoreFolder``."""
         self.here = Path(tempfile.mkdtemp(prefix="medtl-journal-"))
         self._folder, self._every_s = folder.once(), every_s

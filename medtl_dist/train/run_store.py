@@ -51,7 +51,7 @@ def opened_run(place: Path | str, config: Config, *, resume: bool, say: Callable
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(held_lease(folder, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say))
         folder = fenced(folder, lease.fence)
-        _take_up(folder, config, resume=resume)
+        take_up(folder, config, resume=resume)
         yield folder
 
 
@@ -67,7 +67,7 @@ def opened_part(folder: Folder, config: Config) -> Iterator[Folder]:
             yield Folder.local(path)
         return
     assert folder.guard is not None
-    _take_up(folder, config, resume=True)
+    take_up(folder, config)
     yield folder
 
 
@@ -76,7 +76,8 @@ def owner_here() -> str:
     return f"process {os.getpid()} on {platform.node() or 'unknown'}"
 
 
-def _take_up(folder: StoreFolder, config: Config, *, resume: bool) -> None:
+def take_up(folder: StoreFolder, config: Config, *, resume: bool = True) -> None:
+    """What ``opened_run`` does once it holds a lease, or the writer has been handed one. Raises likewise."""
     if _check_use(folder, config, resume=resume) != config:
         folder.write("config.yaml", config.to_yaml().encode())
 

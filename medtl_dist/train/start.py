@@ -48,6 +48,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     threads = set_threads(config, run.world_size)
     torch.manual_seed(config.train.seed * 1009 + run.rank)
+    one_of_many = warm is not None
     keep, warm = warm.network if warm else None, warm or Warm()
     dataset = collectives.agreed(lambda: warm.dataset(config, open_shards))
     collectives.agreed(lambda: check_augmentation(config, dataset))
@@ -99,7 +100,7 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         class_weights=collectives.agreed(lambda: _class_weights(config, dataset, run.device)),
         plan=plan,
         threads=threads,
-        journal=collectives.agreed(lambda: Journal(run, config, first_step=step or 0)),
+        journal=collectives.agreed(lambda: Journal(run, config, first_step=step or 0, one_of_many=one_of_many)),
         position=Position(),
         started=started,
         saved_step=step,

@@ -42,16 +42,22 @@ class Outside:
         for path in local.iterdir():
             there.write(path.name, path.read_bytes())
 
-    def arguments(self, name: str, out: Path, options: Sequence[str], *more: str) -> list[str]:
-        """`medtl submit train`: nothing that it names is a path on a disk but what is read and written here."""
+    def arguments(self, name: str, out: Path, options: Sequence[str], *more: str, kind: str = "train") -> list[str]:
+        """`medtl submit train` or another `kind`: nothing that it names is a path on a disk but what is read and written here."""
         given = ("data.shards=set", f"data.endpoint_url={S3_URL}", *options)
         settings = [part for option in given for part in ("--set", option)]
         place = ["--name", name, "--store", _STORE, "--out", str(out)]
-        return ["submit", "train", "--preset", "smoke", *settings, *place, *self.address, *more]
+        return ["submit", kind, "--preset", "smoke", *settings, *place, *self.address, *more]
 
     def train(self, name: str, out: Path, options: Sequence[str], *more: str) -> SubmittedRun:
         command = self.command(*self.arguments(name, out, options, *more))
         return SubmittedRun(command, self.network.environment_outside(), out, self.folder(f"runs/{name}"))
+
+    def tune(self, name: str, out: Path, options: Sequence[str], *more: str) -> SubmittedRun:
+        """`medtl submit tune`; what is watched is the run of its first trial."""
+        command = self.command(*self.arguments(name, out, options, *more, kind="tune"))
+        trial = self.folder(f"runs/{name}/trials/00000")
+        return SubmittedRun(command, self.network.environment_outside(), out, trial)
 
 
 class SubmittedRun(Command):

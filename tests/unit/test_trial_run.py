@@ -143,7 +143,7 @@ def test_what_may_go_well_another_time_is_told_as_a_crash(shards: str, tmp_path:
 
 
 def test_two_never_write_in_one_folder(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.trial_run._PREDECESSOR_S", 0.3)
+    monkeypatch.setattr("cluster.trial_place.PREDECESSOR_S", 0.3)
     config = small_config(shards)
     with opened_run_folder(tmp_path / "trial", config, resume=True), training(config, tmp_path / "trial") as exchange:
         _, end = drive(exchange)

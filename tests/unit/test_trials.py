@@ -18,6 +18,7 @@ from cluster.trial_state import Reserved, TrialSpec, epoch_of, read_specs, read_
 from cluster.trials import reserved_for
 from medtl_dist.config import load_config
 from medtl_dist.errors import DataError, UserError
+from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 
 
@@ -51,7 +52,7 @@ def spec_of(number: int, depth: int | str = 0, epochs: int = 3) -> TrialSpec:
     return TrialSpec(number, overrides, config)
 
 
-def desk_of(folder: Path, num_trials: int = 3, **options: Any) -> Desk:
+def desk_of(folder: Path | Folder, num_trials: int = 3, **options: Any) -> Desk:
     settings_: dict[str, Any] = {
         "reserved": Reserved(cpus=2.0, gpus=0.5),
         "stages": lambda spec: (spec.config.model.frozen_depth, 5),
