@@ -3,11 +3,13 @@
     pip install --no-deps --target .venv/peers -r benchmarks/peers.txt        (make bench-training does it)
     python benchmarks/training.py --peers .venv/peers
 
-Images per second of the clock, ResNet101 at 224 px, batch 16, every row in a process of its own with all cores, after a warm-up
-epoch. ``bare`` repeats one batch that lies in memory: the limit of its flags (precision, memory layout, frozen stages). ``ours``
-is ``fit``: reading and decoding shards, checksums, augmentation, loss reductions, progress; an epoch's steps, without its
-evaluation, which has rows of its own. ``plain`` is a DataLoader with PIL over the same images as files, SGD, PyTorch's defaults;
-Lightning the same with its Trainer. ``--ray`` adds the start-up of a run on Ray Train, trivial and ours.
+Images per second of the clock, ResNet101 at 224 px, batch 16, every row in a process of its own with all cores. ``bare`` is the
+PyTorch step on one batch that lies in memory, with our flags (precision, memory layout, frozen stages): the limit. It is timed in
+the row's own process before and after each round, since machines drift: ``share`` is the median of a round's speed over that of
+the bare steps around it. ``ours`` is ``fit``: reading and decoding shards, checksums, augmentation, loss reductions, progress; an
+epoch's steps, without its evaluation, which has a row of its own. ``plain`` is a DataLoader with PIL over the same images as
+files, SGD, PyTorch's defaults; Lightning the same with its Trainer. ``--ray`` adds the start-up of a run on Ray Train, trivial
+and ours.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,7 @@ from medtl_dist.train.precision import resolve
 from medtl_dist.train.setup import available_cpus, create_network, open_shards, scorer_of
 
 BATCH = 16
+Row = dict[str, Any]
 
 
 def config_of(args: argparse.Namespace, depth: int, workers: int = 0) -> Config:
@@ -51,13 +57,13 @@ def config_of(args: argparse.Namespace, depth: int, workers: int = 0) -> Config:
         "data.shards": str(args.work / "set"), "data.image_size_px": args.px, "data.global_batch_size": BATCH,
         "data.eval_batch_size": BATCH, "data.normalisation": "half", "model.backbone": args.backbone,
         "model.weights": "random", "model.frozen_depth": depth, "optim.name": "sgd", "optim.lr": 0.001,
-        "train.epochs": 2, "train.precision": args.precision, "cluster.num_workers": workers,
+        "train.epochs": args.rounds + 1, "train.precision": args.precision, "cluster.num_workers": workers,
     }  # fmt: skip
     return load_config(overrides=[f"{key}={value}" for key, value in settings.items()])
 
 
 def prepare(work: Path, px: int, batches: int) -> None:
-    """Packed made-up radiographs: two epochs' worth of train, as many again in val, and the same images as files."""
+    """Packed made-up radiographs: an epoch's worth of train, as many again in val, and the same images as files."""
     table = write_demo_images(work / "images", num_patients=max(8, 2 * batches * BATCH // 2), seed=0, image_size_px=px)
     pack(
         table,
@@ -66,7 +72,8 @@ def prepare(work: Path, px: int, batches: int) -> None:
     )
 
 
-def bare(args: argparse.Namespace, depth: int, *, plain: bool = False) -> float:
+def bare(args: argparse.Namespace, depth: int = 0, *, learns: bool = True, plain: bool = False) -> Callable[[], float]:
+    """The step with nothing around it, on one batch that lies in memory: images a second, now."""
     model = torchvision.models.get_model(args.backbone, weights=None, num_classes=2)
     freeze(model, spec(args.backbone), depth)
     precision = resolve("fp32" if plain else args.precision, torch.device("cpu"))
@@ -76,74 +83,112 @@ def bare(args: argparse.Namespace, depth: int, *, plain: bool = False) -> float:
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(BATCH) % 2
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001, momentum=0.9)
-    model.train()
+    model.train(learns)
 
     def step() -> None:
-        with precision.autocast():
-            loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.set_grad_enabled(learns), precision.autocast():
+            logits = model(images)
+            loss = nn.functional.cross_entropy(logits, labels)
+        if learns:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    return rate(step, args.batches)
+    def rate() -> float:
+        began = time.perf_counter()
+        for _ in range(args.batches):
+            step()
+        return args.batches * BATCH / (time.perf_counter() - began)
 
-
-def bare_inference(args: argparse.Namespace) -> float:
-    model = torchvision.models.get_model(args.backbone, weights=None, num_classes=2)
-    model.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    precision = resolve(args.precision, torch.device("cpu"))
-    images = torch.randn(BATCH, 3, args.px, args.px).contiguous(memory_format=torch.channels_last)
-
-    def step() -> None:
-        with torch.no_grad(), precision.autocast():
-            model(images)
-
-    return rate(step, args.batches)
-
-
-def rate(step: Callable[[], None], batches: int) -> float:
     step()
-    began = time.perf_counter()
-    for _ in range(batches):
-        step()
-    return batches * BATCH / (time.perf_counter() - began)
+    return rate
 
 
-def ours(args: argparse.Namespace, depth: int, *, rank: int = 0, world_size: int = 1) -> float:
+class Pairs:
+    """Rounds of something, with the bare step timed before and after each: a machine's speed drifts from minute to minute."""
+
+    def __init__(self, reference: Callable[[], float]) -> None:
+        self._reference = reference
+        self.own: list[float] = []
+        self.references: list[float] = []
+
+    def warm(self) -> None:
+        """After the first round, which is no measurement."""
+        self.references.append(self._reference())
+
+    def add(self, images_per_s: float) -> None:
+        self.own.append(images_per_s)
+        self.warm()
+
+    def found(self) -> Row:
+        beside = [(one + other) / 2 for one, other in itertools.pairwise(self.references)]
+        shares = [own / reference for own, reference in zip(self.own, beside, strict=True)]
+        return {"rate": statistics.median(self.own), "bare": statistics.median(self.references), "shares": shares}
+
+
+@dataclass
+class Paired(LocalRun):
+    """A run that lets the bare step have its turn after each epoch."""
+
+    pairs: Pairs | None = None
+
+    def report(self, metrics: Mapping[str, float | int | None]) -> None:
+        super().report(metrics)
+        if self.pairs is not None and len(self.reports) == 1:
+            self.pairs.warm()
+        elif self.pairs is not None:
+            self.pairs.add(metrics["images_per_s"] or 0.0)
+
+
+def ours(args: argparse.Namespace, depth: int) -> Row:
+    pairs = Pairs(bare(args, depth))
     with tempfile.TemporaryDirectory() as folder:
-        place = Folder.local(args.shared if world_size > 1 else folder)
-        run = LocalRun(place, torch.device("cpu"), rank, world_size, rank)
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            fit(config_of(args, depth), run)
-        return run.reports[-1]["images_per_s"] or 0.0  # of the second epoch
+        train(args, depth, Paired(Folder.local(folder), torch.device("cpu"), 0, 1, 0, pairs=pairs))
+    return pairs.found()
 
 
-def our_evaluation(args: argparse.Namespace) -> float:
+def train(args: argparse.Namespace, depth: int, run: LocalRun) -> None:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        fit(config_of(args, depth), run)
+
+
+def our_evaluation(args: argparse.Namespace) -> Row:
     config = config_of(args, 0)
     dataset = open_shards(config)
     network = create_network(config, dataset, device=torch.device("cpu"), rank=0)
     scorer = scorer_of(config, network)
+    pairs = Pairs(bare(args, learns=False))
     score_split(scorer, dataset, "val", rank=0, world_size=1)
-    began = time.perf_counter()
-    found = score_split(scorer, dataset, "val", rank=0, world_size=1)
-    assert found is not None
-    return len(found.keys) / (time.perf_counter() - began)
+    pairs.warm()
+    for _ in range(args.rounds):
+        began = time.perf_counter()
+        found = score_split(scorer, dataset, "val", rank=0, world_size=1)
+        assert found is not None
+        pairs.add(len(found.keys) / (time.perf_counter() - began))
+    return pairs.found()
 
 
-def two_ranks(args: argparse.Namespace) -> float:
+def plain_step(args: argparse.Namespace) -> Row:
+    pairs, own = Pairs(bare(args)), bare(args, plain=True)
+    pairs.warm()
+    for _ in range(args.rounds):
+        pairs.add(own())
+    return pairs.found()
+
+
+def two_ranks(args: argparse.Namespace) -> Row:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        args.shared = folder
         ranks = [context.Process(target=_rank, args=(rank, args, folder, results)) for rank in range(2)]
         for process in ranks:
             process.start()
-        found = [results.get(timeout=1800) for _ in ranks]
+        found = results.get(timeout=3600)
         for process in ranks:
             process.join()
-    return min(found)
+    return found
 
 
 def _rank(rank: int, args: argparse.Namespace, folder: str, results: Any) -> None:
@@ -151,9 +196,23 @@ def _rank(rank: int, args: argparse.Namespace, folder: str, results: Any) -> Non
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    value = ours(args, 0, rank=rank, world_size=2)
+    pairs = None
+    if rank == 0:
+        torch.set_num_threads(available_cpus())
+        step = bare(args)
+
+        def with_all_cores() -> float:  # while the other rank waits for this one
+            torch.set_num_threads(available_cpus())
+            value = step()
+            torch.set_num_threads(1)
+            return value
+
+        pairs = Pairs(with_all_cores)
+    torch.set_num_threads(1)
+    train(args, 0, Paired(Folder.local(f"{folder}/run"), torch.device("cpu"), rank, 2, rank, pairs=pairs))
     dist.destroy_process_group()
-    results.put(value)
+    if pairs is not None:
+        results.put(pairs.found())
 
 
 def file_loader(args: argparse.Namespace) -> Any:
@@ -182,30 +241,32 @@ def file_loader(args: argparse.Namespace) -> Any:
     return DataLoader(Files(), BATCH, shuffle=True)
 
 
-def plain_script(args: argparse.Namespace) -> float:
-    loader = file_loader(args)
+def plain_script(args: argparse.Namespace) -> Row:
+    loader, pairs = file_loader(args), Pairs(bare(args))
     model = torchvision.models.get_model(args.backbone, weights=None, num_classes=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-    began = 0.0
-    for _ in range(2):
+    for epoch in range(args.rounds + 1):
         began = time.perf_counter()
         for images, labels in loader:
             loss = nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return len(loader) * BATCH / (time.perf_counter() - began)
+        rate = len(loader) * BATCH / (time.perf_counter() - began)
+        pairs.add(rate) if epoch else pairs.warm()
+    return pairs.found()
 
 
-def lightning(args: argparse.Namespace, precision: str) -> float:
+def lightning(args: argparse.Namespace, precision: str) -> Row:
     import pytorch_lightning as pl  # pyright: ignore[reportMissingImports]
 
-    epochs: list[float] = []
+    loader, pairs = file_loader(args), Pairs(bare(args))
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = torchvision.models.get_model(args.backbone, weights=None, num_classes=2)
+            self.began = 0.0
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             del batch_idx
@@ -214,65 +275,64 @@ def lightning(args: argparse.Namespace, precision: str) -> float:
             return loss
 
         def on_train_epoch_start(self) -> None:
-            epochs.append(time.perf_counter())
+            self.began = time.perf_counter()
 
         def on_train_epoch_end(self) -> None:
-            epochs.append(time.perf_counter())
+            rate = len(loader) * BATCH / (time.perf_counter() - self.began)
+            pairs.add(rate) if self.current_epoch else pairs.warm()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.001, momentum=0.9)
 
-    loader = file_loader(args)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            max_epochs=2, precision=precision, accelerator="cpu", default_root_dir=folder,
+            max_epochs=args.rounds + 1, precision=precision, accelerator="cpu", default_root_dir=folder,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(Module(), loader)
-    return len(loader) * BATCH / (epochs[3] - epochs[2])
+    return pairs.found()
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], float]] = {
-    "bare step": lambda args: bare(args, 0),
+ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     "ours, whole loop": lambda args: ours(args, 0),
     "ours, 2 ranks of one thread each": two_ranks,
-    "bare step, frozen to 4": lambda args: bare(args, 4),
     "ours, whole loop, frozen to 4": lambda args: ours(args, 4),
-    "bare inference": bare_inference,
     "ours, evaluation": our_evaluation,
-    "bare step, fp32, PyTorch's layout": lambda args: bare(args, 0, plain=True),
+    "the step in fp32, PyTorch's layout": plain_step,
     "plain script, fp32": plain_script,
     "Lightning, defaults": lambda args: lightning(args, "32-true"),
     "Lightning, bf16": lambda args: lightning(args, "bf16-mixed"),
 }
-BESIDE = {
-    "ours, whole loop": "bare step",
-    "ours, 2 ranks of one thread each": "ours, whole loop",
-    "ours, whole loop, frozen to 4": "bare step, frozen to 4",
-    "ours, evaluation": "bare inference",
-    "plain script, fp32": "bare step",
-    "Lightning, defaults": "bare step",
-    "Lightning, bf16": "bare step",
+
+
+START_UP = {
+    "Ray Train, 2 workers that report once": None,
+    "ours in one process, 16 small images": 0,
+    "ours, 2 workers, 16 small images": 2,
 }
 
 
-def ray_start_up(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Seconds of a run whose training is next to nothing, Ray's own start included."""
+def ray_start_up(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of runs whose training is next to nothing, Ray's own start included; by turns, ``args.rounds`` times."""
     trivial = (
         "import os; os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); import ray;"
         "from ray.train import ScalingConfig; from ray.train.torch import TorchTrainer;"
         "TorchTrainer(lambda: ray.train.report({'loss': 0.0}), scaling_config=ScalingConfig(num_workers=2)).fit()"
     )
-    yield "Ray Train, 2 workers that report once", seconds([sys.executable, "-c", trivial])
-    command = [sys.executable, "-c", "from medtl_dist.cli.main import main; main()", "train", "--run-dir"]
-    settings = ["model.backbone=resnet18", "model.weights=random", "data.image_size_px=32", "data.global_batch_size=8"]
-    settings += ["data.normalisation=half", "train.epochs=1", f"data.shards={args.work / 'tiny'}"]
     tiny = write_demo_images(args.work / "tiny-images", num_patients=16, seed=0, image_size_px=32)
     pack(tiny, args.work / "tiny", PackOptions(columns=Columns(group=("patient_id",)), fractions=(0.5, 0.5, 0)))
-    for workers in (0, 2):
-        overrides = [part for text in [*settings, f"cluster.num_workers={workers}"] for part in ("--set", text)]
-        name = "ours, 2 workers, 16 small images" if workers else "ours in one process, 16 small images"
-        yield name, seconds([*command, str(args.work / f"run-{workers}"), *overrides])
+    settings = ["model.backbone=resnet18", "model.weights=random", "data.image_size_px=32", "data.global_batch_size=8"]
+    settings += ["data.normalisation=half", "train.epochs=1", f"data.shards={args.work / 'tiny'}"]
+    medtl = [sys.executable, "-c", "from medtl_dist.cli.main import main; main()", "train"]
+    found: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        for name, workers in START_UP.items():
+            command = [sys.executable, "-c", trivial]
+            if workers is not None:
+                overrides = [word for text in [*settings, f"cluster.num_workers={workers}"] for word in ("--set", text)]
+                command = [*medtl, "--run-dir", str(args.work / f"run-{number}-{workers}"), *overrides]
+            found.setdefault(name, []).append(seconds(command))
+    return found
 
 
 def seconds(command: list[str]) -> float:
@@ -288,7 +348,9 @@ def main() -> None:
     )
     parser.add_argument("--backbone", default="resnet101")
     parser.add_argument("--px", type=int, default=224)
-    parser.add_argument("--batches", type=int, default=6, help="batches per epoch, about")
+    parser.add_argument("--batches", type=int, default=4, help="batches per round, about; a round is an epoch")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+    parser.add_argument("--rows", help="only these rows, with ; between them")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--ray", action="store_true", help="start-up on Ray Train too")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
@@ -308,23 +370,27 @@ def main() -> None:
         print(
             f"{args.backbone}, {args.px} px, batch {BATCH}, {available_cpus()} cores, {precision.name} {precision.note or ''}"
         )
-        print(f"{'':38}{'images/s':>9}   share of")
-        rates: dict[str, float] = {}
-        for row in ROWS:
+        print(f"{'':38}{'images/s':>9}{'bare':>7}{'share':>7}   of each round")
+        for row in args.rows.split(";") if args.rows else ROWS:
             if row.startswith("Lightning") and not args.peers:
                 continue
             command = [sys.executable, __file__, "--row", row, "--work", folder, "--backbone", args.backbone]
             command += ["--px", str(args.px), "--batches", str(args.batches), "--precision", args.precision]
-            command += ["--peers", str(args.peers)] if args.peers else []
-            found = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            ).stdout
-            rates[row] = json.loads(found.splitlines()[-1])
-            beside = BESIDE.get(row)
-            share = f"{rates[row] / rates[beside]:10.2f} of {beside}" if beside else ""
-            print(f"{row:38}{rates[row]:9.1f}{share}", flush=True)
-        for name, took in ray_start_up(args) if args.ray else ():
-            print(f"{name:38}{took:9.1f} s", flush=True)
+            command += ["--rounds", str(args.rounds), *(["--peers", str(args.peers)] if args.peers else [])]
+            found = json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            )
+            shares = sorted(found["shares"])
+            print(
+                f"{row:38}{found['rate']:9.1f}{found['bare']:7.1f}{statistics.median(shares):7.2f}   "
+                f"{' '.join(f'{share:.2f}' for share in shares)}",
+                flush=True,
+            )
+        for name, took in ray_start_up(args).items() if args.ray else ():
+            print(
+                f"{name:38}{statistics.median(took):9.1f} s   {' '.join(f'{one:.1f}' for one in sorted(took))}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

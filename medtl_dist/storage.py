@@ -371,6 +371,22 @@ class Folder:
         if isinstance(self.fs, pafs.LocalFileSystem):  # a store has no folders, only names with slashes
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
 
+    def link(self, name: str, other: str) -> None:
+        """Give a whole file a second name, a copy where there are no links. Raises FileNotFoundError; OSError as ``write``."""
+        target = self.at(other)
+        self._make_parent(target)
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            self.fs.copy_file(self.at(name), target)
+            return
+        try:
+            os.link(self.at(name), target)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a disk without links
+            self.write(other, self.read(name))
+        else:
+            _sync(os.path.dirname(target))
+
     def part(self, name: str) -> Folder:
         """The folder ``name`` in this one: a part of what this one holds."""
         return Folder(self.fs, self.at(name))

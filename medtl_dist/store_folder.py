@@ -124,6 +124,15 @@ class StoreFolder(Folder):
 
         self._tried(act, name, "written to", len(data))
 
+    def link(self, name: str, other: str) -> None:
+        """Have the store copy a file. Raises DataError where it is missing, and as ``write``."""
+        if self.guard is not None:
+            self.guard()
+        info = self.info(name)
+        if info.type != pafs.FileType.File:
+            raise missing(self.shown(name))
+        self._tried(lambda: self.fs.copy_file(self.at(name), self.at(other)), other, "written to", info.size)
+
     def exists(self, name: str) -> bool:
         return self.info(name).type != pafs.FileType.NotFound
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from kept_weights import weights_in
 from torch import Tensor
 
 from medtl_dist.config import Config, load_config
@@ -62,7 +62,7 @@ def small_config(shards: str, *overrides: str) -> Config:
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a run's newest checkpoint."""
-    return load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
+    return weights_in(max((folder / "checkpoints").iterdir()))
 
 
 def assert_same_bits(one: Path, other: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -85,6 +86,12 @@ def trainable_groups(model: nn.Module, spec: BackboneSpec) -> dict[str, dict[str
         if parameter.requires_grad:
             groups["head" if has_prefix(name, [spec.head]) else "backbone"][name] = parameter
     return groups
+
+
+def frozen_names(names: Iterable[str], spec: BackboneSpec, frozen_depth: int | str) -> frozenset[str]:
+    """Of the names in a model's state dict, those in the first ``frozen_depth`` stages: parameters and buffers."""
+    frozen = _frozen_prefixes(spec, frozen_depth)
+    return frozenset(name for name in names if has_prefix(name, frozen))
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

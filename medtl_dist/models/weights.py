@@ -23,7 +23,7 @@ from medtl_dist.models.grey import grey_from_rgb, rgb_from_grey
 from medtl_dist.models.imagenet import HUB_FILE, imagenet_file, imagenet_file_names, sha256_of, sha256_start
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, has_prefix
-from medtl_dist.models.weights_store import read_weights, step_of
+from medtl_dist.models.weights_store import FROZEN_FILE, read_frozen, read_weights, sha256_of_both, step_of
 from medtl_dist.storage import StorageOptions
 
 _NESTS = ("state_dict", "model_state_dict", "model")  # where training scripts put the tensors in a checkpoint
@@ -35,12 +35,14 @@ _REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # copied 
 @dataclass(frozen=True)
 class WeightsFile:
     """A file of initial weights: its path or address, the sha256 of its bytes (hex), what to call it in a report; ``data``: the
-    bytes, where they were read from a store."""
+    bytes, where they were read from a store. ``frozen``: the path or bytes of what a checkpoint keeps apart; it counts in the
+    sha256."""
 
     path: Path | str
     sha256: str
     label: str
     data: bytes | None = field(default=None, repr=False)
+    frozen: Path | bytes | None = field(default=None, repr=False)
 
 
 def find_weights(weights: str, spec: BackboneSpec, storage: StorageOptions | None = None) -> WeightsFile | None:
@@ -64,21 +66,23 @@ def find_weights(weights: str, spec: BackboneSpec, storage: StorageOptions | Non
         path = imagenet_file(spec)
         name = spec.hub if spec.hub and path.name == HUB_FILE else path.name
         return WeightsFile(path, sha256_of(path), f"ImageNet weights {name}")
-    path, data, sha256 = _read(weights, storage) if "://" in weights else _on_disk(weights)
-    name = PurePath(path).name
-    if name in imagenet_file_names() and not sha256.startswith(sha256_start(name)):
+    file = _in_store(weights, storage) if "://" in weights else _on_disk(weights)
+    name = PurePath(file.path).name
+    if name in imagenet_file_names() and not file.sha256.startswith(sha256_start(name)):
         raise UserError(
-            f"model.weights: {path} is damaged: its sha256 starts with {sha256[:8]}, its name says "
+            f"model.weights: {file.path} is damaged: its sha256 starts with {file.sha256[:8]}, its name says "
             f"{sha256_start(name)}; download it again, or rename it if it is a file of your own"
         )
-    return WeightsFile(path, sha256, _label(path), data)
+    return file
 
 
-def _read(address: str, storage: StorageOptions | None) -> tuple[str, bytes, str]:
-    return address, *read_weights(address, storage)
+def _in_store(address: str, storage: StorageOptions | None) -> WeightsFile:
+    data, sha256 = read_weights(address, storage)
+    frozen, its_sha256 = read_frozen(address, storage) or (None, None)
+    return WeightsFile(address, sha256_of_both(sha256, its_sha256), _label(address), data, frozen)
 
 
-def _on_disk(weights: str) -> tuple[Path, None, str]:
+def _on_disk(weights: str) -> WeightsFile:
     path = Path(weights).expanduser()
     if path.is_dir():
         raise UserError(f"model.weights: {path} is a folder; give the .safetensors or .pth file in it")
@@ -87,8 +91,11 @@ def _on_disk(weights: str) -> tuple[Path, None, str]:
             f"model.weights: no file {path.absolute()}; "
             "give imagenet, random or the path of a .pth or .safetensors file"
         )
+    frozen = path.with_name(FROZEN_FILE)
+    parted = step_of(str(path.absolute())) is not None and frozen.is_file()
     try:
-        return path, None, sha256_of(path)
+        sha256 = sha256_of_both(sha256_of(path), sha256_of(frozen) if parted else None)
+        return WeightsFile(path, sha256, _label(path), frozen=frozen if parted else None)
     except OSError as error:
         raise UserError(f"model.weights: {path} can't be opened: {error.strerror}") from None
 
@@ -122,7 +129,11 @@ def load_weights(
             and the backbone that they would fit), values that are NaN or infinite. The model is unchanged then.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    tensors = _without_prefix(read_tensors(file.path, file.data), expected)
+    tensors = read_tensors(file.path, file.data)
+    if file.frozen is not None:
+        place, data = (FROZEN_FILE, file.frozen) if isinstance(file.frozen, bytes) else (file.frozen, None)
+        tensors |= read_tensors(place, data)
+    tensors = _without_prefix(tensors, expected)
     tensors, remarks = _present_names(tensors, spec)
     remarks += _fit_first_conv(tensors, expected, spec, rgb, grey)
     remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec, keep_head)

@@ -1,4 +1,7 @@
-"""store → bytes of a weights file, for ``model.weights`` that is an address: checked, and never run."""
+"""store → bytes of a weights file, for ``model.weights`` that is an address: checked, and never run.
+
+A checkpoint's weights file holds what learns. What was frozen lies beside it, in a file of its own that many checkpoints share.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import json
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.storage import StorageOptions, parse_place
 from medtl_dist.store_folder import StoreFolder, store_folder
+
+FROZEN_FILE = "frozen.safetensors"
 
 
 def read_weights(address: str, storage: StorageOptions | None = None) -> tuple[bytes, str]:
@@ -34,6 +39,19 @@ def read_weights(address: str, storage: StorageOptions | None = None) -> tuple[b
     if step_of(place.path) is not None and digest != _listed(folder, name):
         raise DataError(f"{place.url}: differs from its checksum")
     return data, digest
+
+
+def read_frozen(address: str, storage: StorageOptions | None = None) -> tuple[bytes, str] | None:
+    """As ``read_weights``, of what lies beside a checkpoint's weights file at this address; None: nothing does."""
+    above, _, _ = address.rpartition("/")
+    if step_of(address) is None or not store_folder(above, storage or StorageOptions()).exists(FROZEN_FILE):
+        return None
+    return read_weights(f"{above}/{FROZEN_FILE}", storage)
+
+
+def sha256_of_both(learned: str, frozen: str | None) -> str:
+    """What a checkpoint's weights are known by: the sha256 of the one file, or of the two files' in hex, one after the other."""
+    return learned if frozen is None else hashlib.sha256((learned + frozen).encode()).hexdigest()
 
 
 def step_of(path: str) -> int | None:

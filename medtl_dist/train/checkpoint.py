@@ -1,9 +1,11 @@
 """fit → checkpoints: written, verified, found and retained in the run folder by the core alone.
 
-``checkpoints/<step>/`` holds ``model.safetensors`` (the weights that are scored), ``state.pt`` (optimiser, scaler, RNG, and the
-weights that learn where others are scored: loadable with ``weights_only=True``), ``meta.json`` (position, classes,
-preprocessing, history) and, written last, ``manifest.json`` with the SHA-256 of the others. Without a manifest that
-verifies it is not a checkpoint.
+``checkpoints/<step>/`` holds ``model.safetensors`` (the weights that are scored; those of frozen stages, where there are any,
+in ``frozen.safetensors``), ``state.pt`` (optimiser, scaler, RNG, and the weights that learn where others are scored: loadable
+with ``weights_only=True``), ``meta.json`` (position, classes, preprocessing, history) and, written last, ``manifest.json`` with
+the SHA-256 of the others. Without a manifest that verifies it is not a checkpoint.
+
+What is frozen is written once: the checkpoints after it link that file (in a store: have the store copy it).
 
 In a store the folder is ``checkpoints/<step>-<fence>/``: nothing that a writer still does after it has lost its lease can touch
 what its successor, whose fence is higher, has written. The newest checkpoint is the highest fence's.
@@ -15,7 +17,8 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -24,23 +27,54 @@ import torch
 from torch import Tensor
 
 from medtl_dist.errors import DataError
+from medtl_dist.models.weights_store import FROZEN_FILE
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder
 
-FORMAT_VERSION = 1
-_FILES = ("model.safetensors", "state.pt", "meta.json")
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)  # 1: without frozen.safetensors
+WEIGHTS_FILE = "model.safetensors"
+_FILES = (WEIGHTS_FILE, "state.pt", "meta.json")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The weights that do not learn, as the checkpoint in the folder ``place`` holds them.
+
+    ``tensors`` are those themselves with the count of their changes at the time: held, so that none's memory is another's.
+    """
+
+    place: str
+    entry: Mapping[str, Any]
+    tensors: Mapping[str, tuple[Tensor, int]]
+
+    def holds(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged since."""
+        return self.tensors.keys() == weights.keys() and all(
+            (tensor.data_ptr(), tensor._version) == (self.tensors[name][0].data_ptr(), self.tensors[name][1])
+            for name, tensor in weights.items()
+        )
 
 
 def save(
-    folder: Folder, step: int, *, weights: Mapping[str, Tensor], state: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
-    """Write the checkpoint of ``step``; it exists once its manifest does. Raises OSError (disk full): nothing is lost."""
+    folder: Folder,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    frozen: Collection[str] = (),
+    before: Frozen | None = None,
+) -> Frozen | None:
+    """Write the checkpoint of ``step``; it exists once its manifest does. Raises OSError (disk full): nothing is lost.
+
+    ``frozen``: names of the weights that do not learn. ``before``: what an earlier call for this run folder has returned: where
+    those weights have not changed since, they are not written again.
+    """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     contents = {
-        "model.safetensors": safetensors.torch.save(
-            {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-        ),
+        WEIGHTS_FILE: _serialised({name: t for name, t in weights.items() if name not in frozen}),
         "state.pt": buffer.getvalue(),
         "meta.json": json.dumps(meta, indent=1, allow_nan=False).encode(),
     }
@@ -49,12 +83,39 @@ def save(
     folder.delete_tree(place)  # a remnant of an interrupted write of the same step
     for name, data in contents.items():
         folder.write(f"{place}/{name}", data)
-    files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    files = {name: _entry_of(data) for name, data in contents.items()}
+    kept = _save_frozen(folder, place, {name: t for name, t in weights.items() if name in frozen}, before)
+    if kept is not None:
+        files[FROZEN_FILE] = dict(kept.entry)
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": files}
     _make_sure(folder)
     folder.write(
         f"{place}/manifest.json", json.dumps(manifest | ({"fence": fence} if fence else {}), indent=1).encode()
     )
+    return kept
+
+
+def _save_frozen(folder: Folder, place: str, weights: Mapping[str, Tensor], before: Frozen | None) -> Frozen | None:
+    if not weights:
+        return None
+    tensors = {name: (tensor, tensor._version) for name, tensor in weights.items()}
+    if before is not None and before.holds(weights):
+        try:
+            folder.link(f"{before.place}/{FROZEN_FILE}", f"{place}/{FROZEN_FILE}")
+            return Frozen(place, before.entry, tensors)
+        except (DataError, FileNotFoundError):  # somebody has deleted it
+            pass
+    data = _serialised(weights)
+    folder.write(f"{place}/{FROZEN_FILE}", data)
+    return Frozen(place, _entry_of(data), tensors)
+
+
+def _serialised(weights: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+
+
+def _entry_of(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def steps(folder: Folder) -> list[int]:
@@ -75,7 +136,7 @@ def verify(folder: Folder, step: int) -> dict[str, bytes]:
 
 def weights_name(folder: Folder, step: int) -> str:
     """The name, in the run folder, of a checkpoint's weights file, its files checked. Raises as :func:`verify`."""
-    return f"{_verified(folder, step)[0]}/model.safetensors"
+    return f"{_verified(folder, step)[0]}/{WEIGHTS_FILE}"
 
 
 def _verified(folder: Folder, step: int) -> tuple[str, dict[str, bytes]]:
@@ -100,12 +161,14 @@ def _verify(folder: Folder, place: str) -> dict[str, bytes]:
     try:
         listed = json.loads(folder.read(f"{place}/manifest.json"))
         version, files = listed["format_version"], {name: listed["files"][name] for name in _FILES}
+        if FROZEN_FILE in listed["files"]:
+            files[FROZEN_FILE] = listed["files"][FROZEN_FILE]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{folder.url}/{place}/manifest.json: damaged") from None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise DataError(f"{folder.url}/{place}: format version {version}, this program reads {FORMAT_VERSION}")
     contents: dict[str, bytes] = {}
-    for name in _FILES:
+    for name in files:
         data = folder.read(f"{place}/{name}")
         if len(data) != files[name]["bytes"] or hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
             raise DataError(f"{folder.url}/{place}/{name}: differs from its checksum")
@@ -129,7 +192,9 @@ def load(folder: Folder, step: int) -> tuple[dict[str, Tensor], dict[str, Any], 
     """``(weights, state, meta)`` of a verified checkpoint, on the CPU; runs no code from it. Raises DataError."""
     contents = verify(folder, step)
     try:
-        weights = safetensors.torch.load(contents["model.safetensors"])
+        weights = safetensors.torch.load(contents[WEIGHTS_FILE])
+        if FROZEN_FILE in contents:
+            weights |= safetensors.torch.load(contents[FROZEN_FILE])
         state = torch.load(io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True)
         meta = json.loads(contents["meta.json"])
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:

@@ -1,9 +1,9 @@
 """run folder → one writer at a time: a lease that runs out, and a fencing number that grows with every holder.
 
 ``.lease/<number>`` is a lease. Who makes the file with the next number, which only one can, holds it and rewrites it every
-quarter of its life; who finds the highest one released, or not rewritten for longer than it lives, makes the next. Nobody ever
-removes the highest, so numbers only grow. A file's age is told by the store's clock, by comparing it with one just written:
-no two machines' clocks are compared.
+quarter of its life; who finds the highest one released, not rewritten for longer than it lives, or that of a process which has
+ended on this very machine, makes the next. Nobody ever removes the highest, so numbers only grow. A file's age is told by the
+store's clock, by comparing it with one just written: no two machines' clocks are compared.
 
 The number is the fence. A holder that lost its lease (a paused machine, a store out of reach) learns it by a look at the names
 before it writes; what it had already under way goes to checkpoint folders of its own number, which its successors pass over.
@@ -24,6 +24,7 @@ from medtl_dist.create_only import create, store_is_safe
 from medtl_dist.errors import DataError, Interrupted, MedtlError, UserError
 from medtl_dist.storage import Folder
 from medtl_dist.store_folder import Guard, StoreFolder, store_folder
+from medtl_dist.train.process_mark import has_ended, mark_of_this_process
 
 LEASES = ".lease"
 _PROBE = "now-"
@@ -158,14 +159,14 @@ def holder_of(shelf: Shelf) -> Holder | None:
 
 
 def _look(shelf: Shelf, number: int, ttl_s: float) -> Holder | Literal["gone"] | None:
-    """The holder of a lease that has not run out; None: it has, or was released; "gone": look again."""
+    """The holder of a lease that has not run out; None: it has, was released, or its process ended; "gone": look again."""
     content = shelf.get(_name(number))
     if content is None:
         return "gone"
     try:
         row = json.loads(content)
         holder = Holder(number, str(row["owner"]), float(row["ttl_s"]), int(row["beat"]), str(row["token"]))
-        if row["released"]:
+        if row["released"] or has_ended(str(row.get("process") or "")):
             return None
     except (ValueError, KeyError, TypeError):  # being written
         holder = Holder(number, "unknown", ttl_s, 0, "")
@@ -270,5 +271,6 @@ def _name(number: int) -> str:
 
 
 def _content(owner: str, ttl_s: float, token: str, beat: int, *, released: bool) -> bytes:
-    row = {"owner": owner, "ttl_s": ttl_s, "token": token, "beat": beat, "released": released}
+    process = mark_of_this_process()
+    row = {"owner": owner, "ttl_s": ttl_s, "token": token, "beat": beat, "released": released, "process": process}
     return json.dumps(row).encode()

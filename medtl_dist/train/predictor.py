@@ -19,6 +19,7 @@ from medtl_dist.data.transforms import EvalTransform, Image
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.metrics.scores import log_odds
 from medtl_dist.models.normalise import Normalisation
+from medtl_dist.models.weights_store import FROZEN_FILE, sha256_of_both
 from medtl_dist.run import Folder
 from medtl_dist.storage import StorageOptions
 from medtl_dist.train import checkpoint, results
@@ -185,8 +186,8 @@ def _notes(config: Config, known: Mapping[str, Any], meta: Mapping[str, Any]) ->
 
 
 def _weights_sha256(folder: Folder, step: int) -> str:
-    manifest = json.loads(folder.read(f"checkpoints/{step:08d}/manifest.json"))
-    return manifest["files"]["model.safetensors"]["sha256"]
+    files = json.loads(folder.read(f"checkpoints/{step:08d}/manifest.json"))["files"]
+    return sha256_of_both(files[checkpoint.WEIGHTS_FILE]["sha256"], files.get(FROZEN_FILE, {}).get("sha256"))
 
 
 def _members(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from medtl_dist.data.plan import EpochPlan
 from medtl_dist.data.shards import Dataset
 from medtl_dist.data.strata import Strata
 from medtl_dist.run import Run
+from medtl_dist.train.checkpoint import Frozen
 from medtl_dist.train.ema import Ema
 from medtl_dist.train.evaluate import Scorer
 from medtl_dist.train.journal import Journal
@@ -64,4 +65,5 @@ class Session:
     cache: PrefixCache | None = None
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last written, or the run began
     saved_step: int | None = None  # of the newest checkpoint
+    frozen: Frozen | None = None  # what does not learn, as that checkpoint holds it
     slow_before: frozenset[int] = frozenset()  # ranks that were slow in the epoch before

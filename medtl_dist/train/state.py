@@ -13,6 +13,7 @@ from medtl_dist import collectives
 from medtl_dist.config import Config
 from medtl_dist.data.shards import Dataset
 from medtl_dist.errors import MedtlError, TrainingError, UserError
+from medtl_dist.models.freezing import frozen_names
 from medtl_dist.run import Run
 from medtl_dist.train import checkpoint
 from medtl_dist.train.nonfinite import check_weights
@@ -27,7 +28,7 @@ def save(session: Session) -> None:
 
     Raises TrainingError on every rank where the disk is full or the weights are not finite.
 
-    ``model.safetensors`` holds the weights that are scored: the averaged ones where ``train.ema_decay`` is set, with those
+    It holds the weights that are scored: the averaged ones where ``train.ema_decay`` is set, with those
     that learn beside them in the state.
     """
     position, run, ema = session.position, session.run, session.ema
@@ -54,7 +55,10 @@ def save(session: Session) -> None:
         best = best_row(position.history)
         try:
             check_weights(session.network.model)
-            checkpoint.save(run.folder, position.global_step, weights=weights, state=state, meta=_meta(session, best))
+            session.frozen = checkpoint.save(
+                run.folder, position.global_step, weights=weights, state=state, meta=_meta(session, best),
+                frozen=frozen_names(weights, session.network.spec, session.network.frozen_depth), before=session.frozen,
+            )  # fmt: skip
             checkpoint.retain(run.folder, best=best["checkpoint"] if best else None, newest=position.global_step)
         except MedtlError as error:  # of weights that are not finite, or a store's
             failure = error

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
+from kept_weights import weights_in
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from medtl_dist.cli.main import run
@@ -112,8 +112,8 @@ def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path) -> N
     assert list(results["splits"]) == ["val"]
     assert not (tmp_path / "test_openings.jsonl").exists()
     one, again = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (trained, tmp_path / "again"))
-    weights = load_file(one / "model.safetensors")
-    for name, tensor in load_file(again / "model.safetensors").items():
+    weights = weights_in(one)
+    for name, tensor in weights_in(again).items():
         assert tensor.equal(weights[name]), name
 
 
@@ -300,8 +300,8 @@ def test_sigkill_then_the_same_command_equals_an_undisturbed_run(trained: Path, 
     one, other = (json.loads((run / "results.json").read_text()) for run in (trained, folder))
     assert one["splits"] == other["splits"]
     newest = sorted((folder / "checkpoints").iterdir())[-1].name
-    weights = load_file(trained / "checkpoints" / newest / "model.safetensors")
-    for name, tensor in load_file(folder / "checkpoints" / newest / "model.safetensors").items():
+    weights = weights_in(trained / "checkpoints" / newest)
+    for name, tensor in weights_in(folder / "checkpoints" / newest).items():
         assert tensor.equal(weights[name]), name
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kept_weights import weights_in
 from ranks import run_ranks
-from safetensors.torch import load_file
 from shard_sets import write_set
 from tiny_backbone import tiny_registered
 
@@ -108,7 +108,7 @@ def _left_by(folder: Path) -> tuple[Any, ...]:
     results = json.loads((folder / "results.json").read_text())
     kept = {name: results[name] for name in ("splits", "best_epoch", "epochs_run", "model", "headline")}
     last = sorted((folder / "checkpoints").iterdir())[-1]
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(last / "model.safetensors").items()}
+    weights = {name: tensor.numpy().tobytes() for name, tensor in weights_in(last).items()}
     files = sorted((folder / "predictions").glob("*.parquet"))
     return history, kept, [pq.read_table(file).to_pylist() for file in files], weights
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_weights import weights_in
 from label_tables import CLASSES, write_label_table
 from ranks import run_ranks
-from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from tiny_backbone import tiny_registered
 from torchvision.ops import sigmoid_focal_loss
@@ -288,7 +288,7 @@ def _train(rank: int, world_size: int, config: Config, folder: str) -> None:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").iterdir())
-    return load_file(newest / "model.safetensors")
+    return weights_in(newest)
 
 
 def _history(folder: Path) -> list[dict]:

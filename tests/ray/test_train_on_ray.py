@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kept_weights import weights_in
 from ranks import run_ranks
-from safetensors.torch import load_file
 from shard_sets import write_set
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -51,8 +51,8 @@ def test_ray_workers_do_what_spawned_processes_do_bit_for_bit(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ray" / ".ray").exists()
     for name in sorted((tmp_path / "local" / "checkpoints").iterdir()):
-        ours = load_file(name / "model.safetensors")
-        for key, tensor in load_file(tmp_path / "ray" / "checkpoints" / name.name / "model.safetensors").items():
+        ours = weights_in(name)
+        for key, tensor in weights_in(tmp_path / "ray" / "checkpoints" / name.name).items():
             assert torch.equal(tensor, ours[key]), key
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("local", "ray")]
     assert results[0]["splits"] == results[1]["splits"]

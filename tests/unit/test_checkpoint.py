@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +18,10 @@ def _save(folder: Folder, step: int, value: float = 0.0) -> None:
     checkpoint.save(
         folder,
         step,
-        weights={"w": torch.full((3,), value)},
+        weights={"w": torch.full((3,), value), "still": torch.ones(1)},
         state={"lr": 0.5, "t": torch.arange(2)},
         meta={"epoch": step},
+        frozen=["still"],
     )
 
 
@@ -29,7 +34,72 @@ def test_what_was_saved_is_loaded(tmp_path) -> None:
     assert meta == {"epoch": 7}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
+def _save_partly_frozen(
+    folder: Folder, step: int, weights: dict[str, torch.Tensor], before: checkpoint.Frozen | None
+) -> checkpoint.Frozen | None:
+    return checkpoint.save(
+        folder, step, weights=weights, state={}, meta={"epoch": step}, frozen=["body.w", "body.n"], before=before
+    )
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_frozen_is_written_once_and_is_in_every_checkpoint(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder.local(tmp_path)
+    weights = {"body.w": torch.arange(4.0), "body.n": torch.tensor(3), "head": torch.zeros(2)}
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    before = _save_partly_frozen(folder, 1, weights, None)
+    for step in (2, 3):
+        weights["head"] += 1
+        before = _save_partly_frozen(folder, step, weights, before)
+    places = [tmp_path / "checkpoints" / f"{step:08d}" for step in (1, 2, 3)]
+    assert len({(place / "frozen.safetensors").stat().st_ino for place in places}) == (1 if links else 3)
+    for step in (1, 2, 3):
+        found, _, _ = checkpoint.load(folder, step)
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            "body.w": [0.0, 1.0, 2.0, 3.0], "body.n": 3, "head": [step - 1.0] * 2
+        }  # fmt: skip
+    checkpoint.retain(folder, best=None, newest=3)
+    assert checkpoint.latest(folder, pytest.fail) == 3
+    assert checkpoint.steps(folder) == [2, 3]
+
+
+def test_frozen_weights_that_have_changed_after_all_are_written_anew(tmp_path: Path) -> None:
+    folder = Folder.local(tmp_path)
+
+    def body(step: int) -> list[float]:
+        return checkpoint.load(folder, step)[0]["body.w"].tolist()
+
+    weights = {"body.w": torch.zeros(3), "body.n": torch.tensor(3), "head": torch.zeros(2)}
+    before = _save_partly_frozen(folder, 1, weights, None)
+    weights["body.w"].view(-1)[0] = 5  # through another tensor of the same memory
+    before = _save_partly_frozen(folder, 2, weights, before)
+    assert (body(1), body(2)) == ([0.0, 0.0, 0.0], [5.0, 0.0, 0.0])
+    weights["body.w"] = torch.full((3,), 7.0)
+    before = _save_partly_frozen(folder, 3, weights, before)
+    assert body(3) == [7.0, 7.0, 7.0]
+    (tmp_path / "checkpoints" / "00000003" / "frozen.safetensors").unlink()
+    before = _save_partly_frozen(folder, 4, weights, before)
+    assert body(4) == [7.0, 7.0, 7.0]
+    before = _save_partly_frozen(folder, 4, weights, before)  # the same step again: its own folder goes first
+    assert body(4) == [7.0, 7.0, 7.0]
+    learned = checkpoint.save(folder, 5, weights=weights, state={}, meta={}, before=before)
+    assert learned is None
+    assert not (tmp_path / "checkpoints" / "00000005" / "frozen.safetensors").exists()
+    assert body(5) == [7.0, 7.0, 7.0]
+
+
+def test_a_checkpoint_of_before_is_still_read(tmp_path: Path) -> None:
+    folder = Folder.local(tmp_path)
+    _save(folder, 1, value=2.0)
+    manifest = tmp_path / "checkpoints" / "00000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
+    assert checkpoint.load(folder, 1)[0]["w"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "frozen.safetensors", "state.pt", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_next_older(tmp_path, name: str, damage: str) -> None:
     folder = Folder.local(tmp_path)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kept_weights import weights_in
 from predict_runs import pack_table, train, write_images
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -50,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_safetensors_hold_the_checkpoint_and_all_that_surrounds_it(place: Path, tmp_path: Path) -> None:
     told = export_run(place / "run", "safetensors", tmp_path / "m.safetensors")
     known = json.loads((place / "run" / "results.json").read_text())
-    weights = load_file(place / "run" / "checkpoints" / f"{known['best_checkpoint']:08d}" / "model.safetensors")
+    weights = weights_in(place / "run" / "checkpoints" / f"{known['best_checkpoint']:08d}")
     found = load_file(tmp_path / "m.safetensors")
     assert set(found) == set(weights)
     assert all(torch.equal(found[name], weights[name]) for name in weights)

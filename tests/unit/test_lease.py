@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from medtl_dist.create_only import create
 from medtl_dist.errors import Interrupted, UserError
 from medtl_dist.storage import Folder
 from medtl_dist.train import lease
-from medtl_dist.train.lease import Holder, Lease, acquire, check_fence, held_lease
+from medtl_dist.train.lease import FolderShelf, Holder, Lease, acquire, check_fence, held_lease
+from medtl_dist.train.process_mark import has_ended, mark_of_this_process
 
 TTL_S = 10.0
 
@@ -177,3 +180,47 @@ def test_a_killed_holders_lease_is_taken_over_when_it_has_run_out(
     with held_lease(folder, owner="process 2", ttl_s=60, pause=pause) as held:
         assert held.fence == 8
     assert 0 < sum(waits) * 4 <= 5 + 2 + 4 * max(waits)
+
+
+def test_the_lease_of_a_process_killed_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from medtl_dist.storage import Folder
+from medtl_dist.train.lease import held_lease
+with held_lease(Folder.local(sys.argv[1]), owner="process 1", ttl_s=60):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        shelf = FolderShelf(Folder.local(tmp_path / ".lease"))
+        assert isinstance(acquire(shelf, owner="process 2", ttl_s=60), Holder)
+    finally:
+        holder.kill()
+    holder.stdout.close()
+
+    def pause(_seconds: float) -> None:
+        raise AssertionError("nothing is to be waited for")
+
+    # A zombie until here, which writes no more than a process that is gone.
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    with held_lease(Folder.local(tmp_path), owner="process 2", ttl_s=60, pause=pause) as held:
+        assert held.fence == 2
+    holder.wait()
+
+
+def test_of_a_process_elsewhere_nothing_is_known() -> None:
+    mark = mark_of_this_process()
+    assert mark is not None
+    place, pid, started = mark.rsplit(" ", 2)
+    name, boot, namespace = place.split(" ")
+    assert not has_ended(mark)
+    assert has_ended(f"{place} {pid} {int(started) + 1}")  # its number went to another
+    assert has_ended(f"{place} {2**30} {started}")
+    gone = f"{2**30} {started}"
+    for other in (f"other {boot} {namespace}", f"{name} {boot[:-1]}x {namespace}", f"{name} {boot} {namespace}1"):
+        assert not has_ended(f"{other} {gone}")
+    for damaged in ("", " ", place, f"{place} x {started}", f"{place} {pid}"):
+        assert not has_ended(damaged)

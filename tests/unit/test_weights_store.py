@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from store_on_disk import stored_in
 
 from medtl_dist.errors import DataError, MedtlError, UserError
+from medtl_dist.models.backbones import create_model, native_normalisation
+from medtl_dist.models.freezing import frozen_names
 from medtl_dist.models.registry import spec
 from medtl_dist.models.weights import find_weights, read_tensors
 from medtl_dist.models.weights_store import step_of
+from medtl_dist.run import Folder
+from medtl_dist.train import checkpoint
 
+_RGB = native_normalisation(spec("resnet18"), 3)
 STEP = "runs/chain/stages/1-source/checkpoints"
 
 
@@ -116,3 +121,32 @@ def test_code_in_a_file_at_an_address_is_not_run(bucket: Path, tmp_path: Path) -
 )
 def test_the_step_is_in_the_path(path: str, step: int | None) -> None:
     assert step_of(path) == step
+
+
+def test_a_checkpoints_weights_are_all_of_them_here_and_there(bucket: Path) -> None:
+    made = create_model(
+        "resnet18", num_outputs=2, in_channels=3, weights="random", normalisation=_RGB, image_size_px=32, seed=4
+    )
+    weights = made.model.state_dict()
+    frozen = frozen_names(weights, spec("resnet18"), 3)
+    assert 0 < len(frozen) < len(weights)
+    run = bucket / STEP.removesuffix("/checkpoints")
+    checkpoint.save(Folder.local(run), 10, weights=weights, state={}, meta={}, frozen=frozen)
+    files = [str(run / "checkpoints/00000010/model.safetensors"), f"s3://bucket/{STEP}/00000010/model.safetensors"]
+    found = [
+        create_model(
+            "resnet18", num_outputs=2, in_channels=3, weights=file, normalisation=_RGB, image_size_px=32, seed=5
+        )
+        for file in files
+    ]
+    for other in found:
+        assert (other.weights, other.weights_sha256) == ("checkpoint 10 of run 1-source", found[0].weights_sha256)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in other.model.state_dict().items())
+
+    def digest(name: str) -> str:
+        return hashlib.sha256((run / "checkpoints/00000010" / name).read_bytes()).hexdigest()
+
+    both = digest("model.safetensors") + digest("frozen.safetensors")
+    assert found[0].weights_sha256 == hashlib.sha256(both.encode()).hexdigest()
+    (run / "checkpoints/00000010/frozen.safetensors").write_bytes(b"other")
+    assert "00000010/frozen.safetensors: differs from its checksum" in _refused(files[1], DataError)
