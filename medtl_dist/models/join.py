@@ -15,7 +15,7 @@ from medtl_dist.models.backbones import Created, check_image_size, create_model
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.models.registry import BackboneSpec, has_prefix, native_normalisation, spec
 from medtl_dist.models.split import _outline
-from medtl_dist.models.weights import find_weights, read_tensors
+from medtl_dist.models.weights import find_weights, tensors_of
 from medtl_dist.sections import Model
 from medtl_dist.storage import StorageOptions
 
@@ -110,7 +110,7 @@ def create_network_of(
     assert model.second_backbone is not None
     joined, first_spec, second_spec = spec_of(model), spec(model.backbone), spec(model.second_backbone)
     file = find_weights(weights, first_spec, storage)
-    whole = read_tensors(file.path, file.data) if file is not None else {}
+    whole = tensors_of(file) if file is not None else {}
     if not {name.partition(".")[0] for name in whole} >= {"first", "second"}:
         whole = {}
     first = create(

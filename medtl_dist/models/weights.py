@@ -129,11 +129,7 @@ def load_weights(
             and the backbone that they would fit), values that are NaN or infinite. The model is unchanged then.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    tensors = read_tensors(file.path, file.data)
-    if file.frozen is not None:
-        place, data = (FROZEN_FILE, file.frozen) if isinstance(file.frozen, bytes) else (file.frozen, None)
-        tensors |= read_tensors(place, data)
-    tensors = _without_prefix(tensors, expected)
+    tensors = _without_prefix(tensors_of(file), expected)
     tensors, remarks = _present_names(tensors, spec)
     remarks += _fit_first_conv(tensors, expected, spec, rgb, grey)
     remarks += _fit_position(tensors, expected, spec) + _fit_head(tensors, expected, spec, keep_head)
@@ -146,6 +142,15 @@ def load_weights(
         raise UserError(f"model.weights: {file.path} holds NaN or infinite values in {_some(not_finite)}")
     model.load_state_dict(tensors, strict=True)
     return remarks
+
+
+def tensors_of(file: WeightsFile) -> dict[str, Tensor]:
+    """The file's tensors, and those that a checkpoint keeps apart. Raises as :func:`read_tensors`."""
+    tensors = read_tensors(file.path, file.data)
+    if file.frozen is not None:
+        place, data = (FROZEN_FILE, file.frozen) if isinstance(file.frozen, bytes) else (file.frozen, None)
+        tensors |= read_tensors(place, data)
+    return tensors
 
 
 def read_tensors(path: Path | str, data: bytes | None = None) -> dict[str, Tensor]:

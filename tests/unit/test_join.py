@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from store_on_disk import stored_in
 from tiny_backbone import tiny_registered
 from torch import Tensor
 
 from medtl_dist.errors import UserError
 from medtl_dist.models.backbones import Created, create_model
-from medtl_dist.models.freezing import freeze
+from medtl_dist.models.freezing import freeze, frozen_names
 from medtl_dist.models.join import create_network_of, spec_of
 from medtl_dist.models.registry import has_prefix, native_normalisation, spec
+from medtl_dist.run import Folder
 from medtl_dist.sections import Model
+from medtl_dist.train import checkpoint
 from medtl_dist.train.ema import ema_of
 
 
@@ -135,6 +138,24 @@ def test_a_saved_pair_is_taken_whole(join: str, first: str, second: str, tmp_pat
         assert all(has_prefix(name, [made.spec.head]) for name in differing)
     with pytest.raises(UserError, match="holds two joined networks that are not"):
         _create(_model(join, first, "tiny_dropout", weights=str(path)))
+
+
+@pytest.mark.parametrize(("join", "first", "second"), _PAIRS[:2])
+def test_a_checkpoint_of_a_pair_is_taken_whole_though_what_was_frozen_lies_apart(
+    join: str, first: str, second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen to the adapter a serial pair has nothing of its first network in the file of what learns."""
+    stored_in(tmp_path, monkeypatch)
+    made = _create(_model(join, first, second), seed=3)
+    weights = made.model.state_dict()
+    frozen = frozen_names(weights, made.spec, 6 if join == "serial" else 2)
+    run = tmp_path / "bucket" / "run"
+    checkpoint.save(Folder.local(run), 10, weights=weights, state={}, meta={}, frozen=frozen)
+    name = "checkpoints/00000010/model.safetensors"
+    assert load_file(run / name).keys() == weights.keys() - frozen
+    for place in (str(run / name), f"s3://bucket/run/{name}"):
+        same = _create(_model(join, first, second, weights=place)).model.state_dict()
+        assert all(torch.equal(same[key], tensor) for key, tensor in weights.items())
 
 
 def test_what_cannot_be_joined_is_told() -> None:
