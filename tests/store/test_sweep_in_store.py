@@ -24,6 +24,7 @@ from cluster.sweep_mirror import Mirror, next_lease
 from cluster.trial_desk import Desk
 from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import Reserved, TrialSpec, trial_name, write_specs
+from medtl_dist.cli.main import run
 from medtl_dist.config import Config
 from medtl_dist.errors import Interrupted
 from medtl_dist.storage import EMULATOR, StorageOptions
@@ -160,6 +161,21 @@ def test_a_store_that_goes_away_ends_the_sweep_in_bounded_time_and_it_goes_on_la
         ("stopped", 1),
         ("finished", 1),
     ]
+
+
+@pytest.mark.parametrize(("fault", "code", "said"), [("403", 2, "access refused"), ("reset", 75, "can't be listed")])
+def test_a_store_that_refuses_or_is_gone_is_told_before_anything_starts(
+    fault: str, code: int, said: str, shards: str, place: str, proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    settings = (f"data.shards={shards}", f"data.endpoint_url={proxy.url}", "data.storage_timeout_s=1")
+    given = [part for text in (*settings, "data.storage_retries=1") for part in ("--set", text)]
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # the config's own endpoint is asked
+    proxy.choose = lambda _: Fault(fault)
+    assert run(["tune", "--preset", "smoke", "--space", "smoke", *given, "--sweep-dir", place]) == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: {place}")
+    assert said in line
 
 
 def test_it_is_the_same_sweep_in_google_s_storage(
