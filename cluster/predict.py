@@ -2,7 +2,8 @@
 
 A part is the same file whoever makes it, so a lost actor or node costs the parts in progress, and the same command, with a
 cluster or without, goes on. Rows of scores never pass through Ray, only the numbers of parts. Run folder, inputs and output
-must lie where every node finds them at the same path (or, inputs, in a store); an actor that does not says so.
+must lie where every node finds them at the same path (or, but the output, in a store); an actor that does not says so.
+A run in a store is fetched by each actor, with its node's credentials and by the endpoint of the run's config.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medtl_dist.config import Config
 from medtl_dist.errors import BY_NAME, DataError, MedtlError, UserError
 from medtl_dist.train.predict import Job, MakeParts, has_parts, load_for, score_part
-from medtl_dist.train.predictor import Predictor, config_of
+from medtl_dist.train.predictor import Predictor
 
 _MAX_BLOCKS = 1000  # of Ray Data's: each is a task and a few messages
 
@@ -32,19 +32,22 @@ def parts_on_ray(address: str | None, num_actors: int | None) -> MakeParts:
         raise UserError(f"--actors {num_actors}: at least 1 expected")
 
     def make(job: Job, predictor: Predictor, missing: Sequence[int], count: Callable[[int], None]) -> None:
-        del predictor  # each actor loads its own
-        if missing:
-            _make(job, missing, count, address, num_actors)
+        if missing:  # each actor loads a predictor of its own
+            _make(job, predictor.config, missing, count, address, num_actors)
 
     return make
 
 
 def _make(
-    job: Job, missing: Sequence[int], count: Callable[[int], None], address: str | None, num_actors: int | None
+    job: Job,
+    config: Config,
+    missing: Sequence[int],
+    count: Callable[[int], None],
+    address: str | None,
+    num_actors: int | None,
 ) -> None:
     from cluster.launch import set_environment
 
-    config = config_of(Path(job.run_folder))
     cluster = config.cluster.model_copy(
         update={"address": address, "num_workers": num_actors or 1, "min_workers": None}
     )

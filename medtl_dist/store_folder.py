@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TypeVar
 
 from pyarrow import fs as pafs
@@ -186,8 +186,8 @@ class StoreFolder(Folder):
                 last = problem
         raise Interrupted(
             f"{self.shown(name)} can't be {verb} ({last}; {self.options.retries + 1} tries in "
-            f"{time.monotonic() - began:.0f} s). What was committed before is whole: when the store can be reached again, the "
-            "same command with --resume goes on."
+            f"{time.monotonic() - began:.0f} s). What was committed before is whole: when the store can be reached again, give "
+            "the same command; a training with --resume goes on."
         )
 
 
@@ -225,8 +225,20 @@ def fetched(folder: StoreFolder, names: tuple[str, ...]) -> Iterator[Path]:
         here.mkdir()
         for name in names:
             if folder.exists(name):
-                (here / name).write_bytes(folder.read(name))
+                put_here(here / name, folder.read(name))
         try:
             yield here
         except MedtlError as error:
             raise type(error)(error.message.replace(str(here), folder.url)) from None
+
+
+def put_here(path: Path, data: bytes) -> None:
+    """Write a temporary file, with the folders above it. Raises Interrupted where there is no room."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise Interrupted(
+            f"{gettempdir()}: a temporary copy can't be written ({error.strerror}): free space there, or name another folder "
+            "with TMPDIR; then give the same command"
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,8 @@ from medtl_dist.errors import UserError
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one, of the same images.")],
+    first: Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a finished run.")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another one, of the same images.")],
     split: Annotated[str, typer.Option("--split", help="val or test, which both runs have scored.")] = "val",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on standard output.")] = False,
 ) -> None:
@@ -25,7 +24,7 @@ def compare(
         raise UserError(f"--split {split}: expected val or test.")
     from medtl_dist.train.versus import compare_runs, describe
 
-    content = compare_runs(first.absolute(), second.absolute(), split)
+    content = compare_runs(first, second, split)
     if as_json:
         typer.echo(json.dumps(content))
         return

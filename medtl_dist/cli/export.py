@@ -11,7 +11,10 @@ import typer
 
 def export(
     run_dir: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a finished run; onnx: or one with ensemble.json.")
+        str,
+        typer.Argument(
+            metavar="RUN", help="Folder or address of a finished run; onnx: or a folder with ensemble.json."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File to write; must not exist.")],
     fmt: Annotated[
@@ -30,7 +33,7 @@ def export(
     """
     from medtl_dist.train.export import export_run
 
-    told = export_run(run_dir.absolute(), fmt, out)
+    told = export_run(run_dir, fmt, out)
     if as_json:
         typer.echo(json.dumps(told))
         return

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from medtl_dist.cli.headline import describe_auc, describe_size
 from medtl_dist.cli.progress import one_bar
 
+if TYPE_CHECKING:
+    from medtl_dist.storage import Folder
+
 
 def evaluate_elsewhere(
-    run_dir: Path, data: str, *, split: str | None, class_map: str | None, name: str | None, as_json: bool
+    folder: Folder, data: str, *, split: str | None, class_map: str | None, name: str | None, as_json: bool
 ) -> None:
     """Score another set with a finished run, write its page, and print both sets' numbers side by side."""
-    from medtl_dist.report.external import build_external_page
+    from medtl_dist.report.external import build_external_page_in
     from medtl_dist.train.class_map import parse_class_map
     from medtl_dist.train.external import evaluate_external
 
     mapping = {} if class_map is None else parse_class_map(class_map)
     with one_bar("scoring") as show:
-        content = evaluate_external(run_dir, data, split=split or "all", class_map=mapping, name=name, progress=show)
-    page = build_external_page(Path(content["folder"]))
+        content = evaluate_external(folder, data, split=split or "all", class_map=mapping, name=name, progress=show)
+    page = build_external_page_in(folder.part(content["folder"].removeprefix(f"{folder.url}/")))
     if as_json:
         typer.echo(json.dumps(content))
         return

@@ -14,7 +14,7 @@ from medtl_dist.errors import DataError
 
 def predict(
     run_dir: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or one with ensemble.json.")
+        str, typer.Argument(metavar="RUN", help="Folder or address of a finished run, or a folder with ensemble.json.")
     ],
     source: Annotated[
         str,
@@ -65,7 +65,8 @@ def predict(
     address: Annotated[
         str | None,
         typer.Option(
-            "--address", help="Score on a Ray cluster (`local`: one of its own here). All nodes need the same folders."
+            "--address",
+            help="Score on a Ray cluster (`local`: one of its own here). All nodes need the same folders, or stores.",
         ),
     ] = None,
     actors: Annotated[

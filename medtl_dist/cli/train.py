@@ -217,33 +217,34 @@ def evaluate(
 
     External validation: medtl evaluate runs/first --data other_hospital --class-map healthy=NORMAL,ill=PNEUMONIA
     """
-    if data is not None:
-        from medtl_dist.cli.external import evaluate_elsewhere
-        from medtl_dist.storage import parse_place
-
-        here = parse_place(run_dir)
-        if here.remote:
-            raise UserError(f"{here.url}: --data needs the run in a folder of this machine: copy it here first.")
-        evaluate_elsewhere(Path(here.path), data, split=split, class_map=class_map, name=name, as_json=as_json)
-        return
-    if class_map is not None or name is not None:
+    if data is None and (class_map is not None or name is not None):
         raise UserError("--class-map and --name are for another set: name it with --data SET.")
-    split = split or "val"
-    if split not in ("val", "test"):
+    if data is None and split not in ("val", "test", None):
         raise UserError(f"--split {split}: expected val or test.")
+    from medtl_dist.train.run_store import opened_finished
+
+    with opened_finished(run_dir, say=_say) as folder:
+        if data is None:
+            _evaluate_here(folder, split or "val", as_json=as_json)
+            return
+        from medtl_dist.cli.external import evaluate_elsewhere
+
+        evaluate_elsewhere(folder, data, split=split, class_map=class_map, name=name, as_json=as_json)
+
+
+def _evaluate_here(folder: Folder, split: str, *, as_json: bool) -> None:
+    """Score a split of the run's own set, write its report again, and print the outcome."""
     from medtl_dist.report.build import build_report_in
     from medtl_dist.run import LocalRun
-    from medtl_dist.store_folder import folder_at
     from medtl_dist.train import results
     from medtl_dist.train.rescore import evaluate_run
 
-    place = folder_at(run_dir)
-    entry = evaluate_run(LocalRun(place), split)
-    report_path = build_report_in(place)
+    entry = evaluate_run(LocalRun(folder), split)
+    report_path = build_report_in(folder)
     if as_json:
         typer.echo(json.dumps(entry))
         return
-    print_outcome(results.read_results(place), report_path)
+    print_outcome(results.read_results(folder), report_path)
 
 
 def print_outcome(outcome: dict[str, Any], report_path: Path | str) -> None:

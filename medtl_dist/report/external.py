@@ -14,6 +14,8 @@ from medtl_dist.report.schema import Results
 from medtl_dist.report.tables import class_rows
 from medtl_dist.report.views import split_view
 from medtl_dist.report.wording import MISSING, decimals, interval, moment, percent, plural, split_name
+from medtl_dist.storage import Folder
+from medtl_dist.store_folder import StoreFolder, fetched
 
 EXTERNAL_FILE = "external.json"
 _KEY = "external"
@@ -32,6 +34,16 @@ def build_external_page(folder: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}): run medtl evaluate --data again") from None
     return write_page(folder / REPORT, page)
+
+
+def build_external_page_in(folder: Folder) -> str:
+    """As ``build_external_page``, wherever the folder lies; returns the page's path or address."""
+    if not isinstance(folder, StoreFolder):
+        return str(build_external_page(folder.local_path))
+    with fetched(folder, (EXTERNAL_FILE,)) as here:
+        page = build_external_page(here).read_bytes()
+    folder.write(REPORT, page)
+    return folder.shown(REPORT)
 
 
 def render_external(content: dict[str, Any]) -> str:

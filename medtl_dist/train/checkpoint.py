@@ -140,6 +140,13 @@ def weights_name(folder: Folder, step: int) -> str:
     return f"{_verified(folder, step)[0]}/{WEIGHTS_FILE}"
 
 
+def files_of(folder: Folder, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint, its manifest too, by their names in a run folder on a disk. Raises as :func:`verify`."""
+    place, contents = _verified(folder, step)
+    contents |= {"manifest.json": folder.read(f"{place}/manifest.json")}
+    return {f"checkpoints/{_name(step, None)}/{name}": data for name, data in contents.items()}
+
+
 def _verified(folder: Folder, step: int) -> tuple[str, dict[str, bytes]]:
     """The checkpoint's folder and files; in a store the highest fence's of those that verify."""
     if not folder.remote:

@@ -25,10 +25,12 @@ from medtl_dist.data.label_sets import TASK
 from medtl_dist.errors import DataError, UserError
 from medtl_dist.models.normalise import Normalisation
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import folder_at
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import views_of
-from medtl_dist.train.predictor import ENSEMBLE_FILE, Predictor, config_of, load_predictor, predict_logits
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.predictor import Predictor, load_predictor, predict_logits
+from medtl_dist.train.run_copy import scorable
+from medtl_dist.train.run_folder import ENSEMBLE_FILE, read_config
 
 FORMATS = ("safetensors", "onnx")
 METADATA = "medtl"  # the key of the metadata, of both formats: JSON
@@ -62,12 +64,15 @@ class Whole(nn.Module):
         return together, torch.sigmoid(together)
 
 
-def export_run(run_folder: Path, fmt: str, out: Path) -> dict[str, Any]:
+def export_run(run_folder: Path | str, fmt: str, out: Path) -> dict[str, Any]:
     """Write ``out`` and return what was written and how it was checked, as plain JSON values.
+
+    ``run_folder``: a path, or the address of a run in a store.
 
     Raises:
         UserError: no finished run, another format, ``out`` exists, the extra ``export`` is not installed.
         DataError: a damaged checkpoint, or a graph that computes something else than the network.
+        Interrupted: a store can't be reached.
     """
     if fmt not in FORMATS:
         raise UserError(f"--format {fmt}: one of {', '.join(FORMATS)} expected")
@@ -75,7 +80,8 @@ def export_run(run_folder: Path, fmt: str, out: Path) -> dict[str, Any]:
         raise UserError(f"--out {out} exists; name another file")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: no such folder as {out.absolute().parent}; make it first")
-    data, checked = _safetensors(run_folder) if fmt == "safetensors" else _onnx(run_folder)
+    with scorable(folder_at(run_folder)) as here:
+        data, checked = _safetensors(here) if fmt == "safetensors" else _onnx(here)
     try:
         Folder.local(out.absolute().parent).write(out.name, data)
     except OSError as error:
@@ -83,9 +89,8 @@ def export_run(run_folder: Path, fmt: str, out: Path) -> dict[str, Any]:
     return {"out": str(out), "format": fmt, "bytes": len(data), **checked}
 
 
-def describe_model(predictor: Predictor, run_folder: Path) -> dict[str, Any]:
+def describe_model(predictor: Predictor) -> dict[str, Any]:
     """What whoever uses the file must know, as plain JSON values."""
-    config = config_of(run_folder)
     return {
         "tool_version": __version__,
         "task": predictor.task,
@@ -95,7 +100,7 @@ def describe_model(predictor: Predictor, run_folder: Path) -> dict[str, Any]:
         "thresholds": predictor.thresholds,
         "unit": predictor.unit,
         "aggregate": predictor.aggregate,
-        "model": config.model.model_dump(mode="json", exclude={"weights", "second_weights"}),
+        "model": predictor.config.model.model_dump(mode="json", exclude={"weights", "second_weights"}),
         "checkpoints": list(predictor.checkpoints),
         "notes": list(predictor.notes),
     }
@@ -108,7 +113,7 @@ def _safetensors(run_folder: Path) -> tuple[bytes, dict[str, Any]]:
     predictor = load_predictor(run_folder, torch.device("cpu"))
     folder = Folder.local(run_folder)
     weights, _, _ = checkpoint.load(folder, results.read_results(folder)["best_checkpoint"])
-    metadata = {"format": "pt", METADATA: json.dumps(describe_model(predictor, run_folder))}
+    metadata = {"format": "pt", METADATA: json.dumps(describe_model(predictor))}
     data = safetensors.torch.save(weights, metadata)
     again = safetensors.torch.load(data)
     if set(again) != set(weights) or not all(torch.equal(again[name], weights[name]) for name in weights):
@@ -122,7 +127,7 @@ def _onnx(run_folder: Path) -> tuple[bytes, dict[str, Any]]:
     predictor = load_predictor(run_folder, torch.device("cpu"))
     channels, size = predictor.preprocessing["channels"], predictor.preprocessing["image_size_px"]
     whole = Whole(predictor).eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    data = _graph(whole, torch.zeros(2, channels, size, size, dtype=torch.uint8), describe_model(predictor, run_folder))
+    data = _graph(whole, torch.zeros(2, channels, size, size, dtype=torch.uint8), describe_model(predictor))
     images = np.random.default_rng(0).integers(0, 256, (3, channels, size, size), dtype=np.uint8)
     with torch.no_grad():
         expected = whole(torch.from_numpy(images))[0].numpy()

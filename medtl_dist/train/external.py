@@ -12,7 +12,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,9 @@ from medtl_dist.run import Folder
 from medtl_dist.train import results
 from medtl_dist.train.class_map import ClassMap, map_classes
 from medtl_dist.train.predict_output import score_columns
-from medtl_dist.train.predictor import ENSEMBLE_FILE, Predictor, load_predictor, predict_logits
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.predictor import Predictor, load_predictor, predict_logits
+from medtl_dist.train.run_copy import scorable
+from medtl_dist.train.run_store import read_config_in
 from medtl_dist.train.setup import open_shards, storage_of
 
 SCHEMA_VERSION = 1
@@ -57,7 +57,7 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate_external(
-    run_folder: Path,
+    folder: Folder,
     data: str,
     *,
     split: str = "all",
@@ -65,20 +65,19 @@ def evaluate_external(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score ``split`` (``all``: every one) of the set at ``data`` with a run's best checkpoint; returns ``external.json``.
+    """Score ``split`` (``all``: every one) of the set at ``data`` with a run's best checkpoint; returns ``external.json`` and
+    the ``folder`` that it was written to.
 
-    ``class_map``: their classes to ours, where the names differ; ``name``: of the folder, None: the set's.
+    ``folder``: the run's, as ``opened_finished`` gives it; ``class_map``: their classes to ours, where the names differ;
+    ``name``: of the folder of what is written, None: the set's.
 
     Raises:
-        UserError: no finished run, no such set or split, classes without a counterpart, the run's own set.
+        UserError: no such set or split, classes without a counterpart, the run's own set.
         LeakageError: images or patients that the run knows.
         DataError: a damaged checkpoint or shard.
+        Interrupted: a store can't be reached.
     """
-    if (run_folder / ENSEMBLE_FILE).is_file():
-        raise UserError(f"{run_folder} holds several runs: name one of them, or score with medtl predict")
-    config, folder = read_config(run_folder), Folder.local(run_folder)
-    if not folder.exists("results.json"):
-        raise UserError(f"{run_folder}: the run has not finished; `medtl train --resume` goes on with it.")
+    config = read_config_in(folder)
     known = results.read_results(folder)
     dataset = open_dataset(data, storage_of(config))
     splits = _chosen(dataset, split)
@@ -88,7 +87,8 @@ def evaluate_external(
     place = f"external/{_folder_name(name or dataset.name)}"
     _check_place(folder, place, dataset)
     overlap = _check_overlap(folder, config, known, dataset)
-    predictor = load_predictor(run_folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with scorable(folder) as here:
+        predictor = load_predictor(here, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # Counted before the first image is seen.
     openings = results.note_opening(config, dataset, folder) if "test" in splits else None
     scored = _score(predictor, dataset, splits, progress)
@@ -99,7 +99,7 @@ def evaluate_external(
         folder.write(f"{place}/predictions/{one}.parquet", sink.getvalue())
     content = {
         "schema_version": SCHEMA_VERSION,
-        "run": run_folder.name,
+        "run": folder.path.rpartition("/")[2],
         "name": dataset.name,
         "task": known["task"],
         "classes": known["classes"],
@@ -122,7 +122,7 @@ def evaluate_external(
     }
     content["cautions"] = _cautions(content, predictor, dataset, mapped)
     folder.write(f"{place}/{EXTERNAL_FILE}", json.dumps(content, indent=1, allow_nan=False).encode())
-    return content | {"folder": str(run_folder / place)}
+    return content | {"folder": f"{folder.url}/{place}"}
 
 
 def _chosen(dataset: Dataset, split: str) -> list[str]:
@@ -143,7 +143,7 @@ def _check_place(folder: Folder, place: str, dataset: Dataset) -> None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         if json.loads(folder.read(f"{place}/{EXTERNAL_FILE}"))["provenance"]["dataset_sha256"] == dataset.sha256:
             return
-    raise UserError(f"{folder.path}/{place} holds the scores of another set: give this one a name with --name")
+    raise UserError(f"{folder.url}/{place} holds the scores of another set: give this one a name with --name")
 
 
 def _score(

@@ -18,10 +18,10 @@ from medtl_dist.metrics.crossval import summarise_folds
 from medtl_dist.run import Folder
 from medtl_dist.train import results
 from medtl_dist.train.chain import seconds_of, write_json
+from medtl_dist.train.run_folder import ENSEMBLE_FILE
 
 SCHEMA_VERSION = 1
 CROSSVAL_FILE = "crossval.json"
-ENSEMBLE_FILE = "ensemble.json"
 OOF_FILE = "predictions/oof.parquet"
 HELD_OUT_FILE = "predictions/held_out.parquet"  # in a fold's run folder
 

@@ -30,8 +30,11 @@ from medtl_dist.data.partition import whole_batches
 from medtl_dist.data.seeing import Eye, Seen, eye_of, rendering_of, seen_part
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
+from medtl_dist.storage import StorageOptions
+from medtl_dist.store_folder import folder_at
 from medtl_dist.train.predict_output import finish, part_table
 from medtl_dist.train.predictor import Predictor, load_predictor, predict_logits
+from medtl_dist.train.run_copy import scorable
 
 PART_SIZE = 1024
 _IDENTITY = "identity.json"
@@ -52,9 +55,11 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """All that makes a part, besides the predictor; picklable. ``parts``: the folder; ``identity``: as in its file."""
+    """All that makes a part, besides the predictor; picklable. ``run_folder``: a path, or an address, reached as ``storage``
+    says; ``parts``: the folder; ``identity``: as in its file."""
 
     run_folder: str
+    storage: StorageOptions
     parts: str
     inputs: Inputs
     eye: Eye
@@ -84,7 +89,7 @@ MakeParts = Callable[[Job, Predictor, Sequence[int], Callable[[int], None]], Non
 
 
 def predict(
-    run_folder: Path,
+    run_folder: Path | str,
     source: str,
     out: Path,
     options: PredictOptions | None = None,
@@ -94,6 +99,7 @@ def predict(
 ) -> Outcome:
     """Score every image of ``source`` with a finished run's best checkpoint and write ``out``, a Parquet file.
 
+    ``run_folder``: a path, or the address of a run in a store.
     Bad images are listed in ``out``'s ``.errors.parquet`` and counted in the outcome; patients, where they are known, get a
     row each in ``.patients.parquet``. Called again after an interruption it goes on; called again afterwards it tells
     what was made. ``make_parts``: None scores in this process.
@@ -105,10 +111,12 @@ def predict(
     """
     options = options or PredictOptions()
     out = _checked(out).absolute()
-    predictor = load_predictor(run_folder, _device())
+    run = folder_at(run_folder)
+    with scorable(run) as here:
+        predictor = load_predictor(here, _device())
     parts = out.with_name(f"{out.name}.parts")
     with _locked(out, parts):
-        job, notes = plan_job(run_folder, predictor, source, parts, options, progress)
+        job, notes = plan_job(run, predictor, source, parts, options, progress)
         outcome, resumed = _already(out, job), len(job.inputs.spans)
         if outcome is None:
             _begin(job, out)
@@ -133,7 +141,7 @@ def predict(
 
 
 def plan_job(
-    run_folder: Path,
+    run: Folder,
     predictor: Predictor,
     source: str,
     parts: Path,
@@ -166,7 +174,7 @@ def plan_job(
         "part_size": part_size,
         "tool_version": __version__,
     }
-    return Job(str(run_folder.absolute()), str(parts), inputs, eye, identity), notes
+    return Job(run.url, predictor.storage, str(parts), inputs, eye, identity), notes
 
 
 def score_part(job: Job, predictor: Predictor, number: int, workers: Workers) -> int:
@@ -340,7 +348,8 @@ def has_parts(job: Job) -> bool:
 def load_for(job: Job, *, threads: int) -> Predictor:
     """The job's predictor in another process, computing with ``threads``. Raises: as ``load_predictor``; DataError, it is
     not the one that the job began with."""
-    predictor = load_predictor(Path(job.run_folder), _device())
+    with scorable(folder_at(job.run_folder, job.storage)) as here:
+        predictor = load_predictor(here, _device())
     torch.set_num_threads(threads)
     if predictor.identity() != job.identity["model"] or job.identity["tool_version"] != __version__:
         raise DataError(

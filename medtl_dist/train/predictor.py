@@ -24,10 +24,8 @@ from medtl_dist.run import Folder
 from medtl_dist.storage import StorageOptions
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.evaluate import Scorer, forward
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.run_folder import ENSEMBLE_FILE, read_config
 from medtl_dist.train.setup import create_network, scorer_of, set_threads, storage_of
-
-ENSEMBLE_FILE = "ensemble.json"
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Predictor:
 
     ``preprocessing``: as ``setup.preprocessing_of``, the same for all; ``threshold``: fixed on val, None where there is
     none; ``thresholds``: by class, of several labels an image; ``unit``, ``aggregate``: the level the threshold is of, and
-    how images become a patient; ``checkpoints``: SHA-256 of each member's weights; ``storage``: how the run reached
-    its set; ``notes``: what the user should know.
+    how images become a patient; ``checkpoints``: SHA-256 of each member's weights; ``config``: the run's, or the first
+    member's; ``notes``: what the user should know.
     """
 
     scorers: tuple[Scorer, ...]
@@ -57,12 +55,17 @@ class Predictor:
     unit: str
     aggregate: str
     checkpoints: tuple[str, ...]
-    storage: StorageOptions
+    config: Config
     notes: tuple[str, ...] = ()
 
     @property
     def batch_size(self) -> int:
         return self.scorers[0].batch_size
+
+    @property
+    def storage(self) -> StorageOptions:
+        """How the run reached its set."""
+        return storage_of(self.config)
 
     def identity(self) -> dict[str, Any]:
         """What decides its numbers, as plain JSON values."""
@@ -101,11 +104,6 @@ def load_predictor(run_folder: Path, device: torch.device) -> Predictor:
         thresholds=None,
         notes=(note,) if first.task in ("binary", TASK) else (f"mean of the logits of {len(members)} models",),
     )
-
-
-def config_of(run_folder: Path) -> Config:
-    """The config of a run, or of an ensemble's first member. Raises: as ``load_predictor``."""
-    return read_config(_members(run_folder)[0] if (run_folder / ENSEMBLE_FILE).is_file() else run_folder)
 
 
 def predict_logits(predictor: Predictor, images: Sequence[Image]) -> NDArray[np.float64]:
@@ -159,7 +157,7 @@ def _of_run(folder: Path, device: torch.device) -> Predictor:
         unit=config.evaluate.unit,
         aggregate=config.evaluate.aggregate,
         checkpoints=(_weights_sha256(place, step),),
-        storage=storage_of(config),
+        config=config,
         notes=_notes(config, known, meta),
     )
 

@@ -200,10 +200,10 @@ def read_results(folder: Folder) -> dict[str, Any]:
         results = json.loads(folder.read("results.json"))
         if results["schema_version"] != SCHEMA_VERSION:
             raise DataError(
-                f"{folder.at('results.json')}: schema version {results['schema_version']}, expected {SCHEMA_VERSION}."
+                f"{folder.url}/results.json: schema version {results['schema_version']}, expected {SCHEMA_VERSION}."
             )
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{folder.at('results.json')}: damaged; run the evaluation again.") from None
+        raise DataError(f"{folder.url}/results.json: damaged; run the evaluation again.") from None
     return results
 
 

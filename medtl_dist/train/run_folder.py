@@ -16,6 +16,8 @@ from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder, store_folder
 
+ENSEMBLE_FILE = "ensemble.json"  # names the runs below whose mean is one model: a cross-validation's
+
 
 def default_run_folder(config: Config) -> Path:
     """``runs/<data set>-<backbone>-<time>`` below the current folder."""

@@ -20,7 +20,7 @@ from medtl_dist.store_folder import StoreFolder, fetched, folder_at
 from medtl_dist.train import checkpoint
 from medtl_dist.train.budget import BUDGET_FILE
 from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
-from medtl_dist.train.run_folder import of_single, opened_run_folder, parts_in, read_config, whole_of
+from medtl_dist.train.run_folder import ENSEMBLE_FILE, of_single, opened_run_folder, parts_in, read_config, whole_of
 from medtl_dist.train.setup import storage_of
 from medtl_dist.train.status import status_of
 
@@ -69,6 +69,29 @@ def opened_part(folder: Folder, config: Config) -> Iterator[Folder]:
     assert folder.guard is not None
     take_up(folder, config)
     yield folder
+
+
+@contextlib.contextmanager
+def opened_finished(place: Path | str, *, say: Callable[[str], None]) -> Iterator[Folder]:
+    """The folder of a finished single training, to be added to: in a store under the lease of the run, or of the chain of
+    which it is a stage. ``say``: as of ``opened_run``.
+
+    Raises:
+        UserError: no run, several, one that has not finished, or another process writes there.
+        Interrupted: the store can't be reached.
+    """
+    folder = folder_at(place)
+    if folder.exists(ENSEMBLE_FILE):
+        raise UserError(f"{folder.url} holds several runs: name one of them, or score with medtl predict")
+    read_config_in(folder)  # before a lease: nothing is written where no run is
+    if not folder.exists("results.json"):
+        raise UserError(f"{folder.url}: the run has not finished; `medtl train --resume` goes on with it.")
+    if not isinstance(folder, StoreFolder):
+        yield folder
+        return
+    whole = whole_of(folder)
+    with held_lease(whole, owner=owner_here(), ttl_s=LEASE_TTL_S, say=say) as lease:
+        yield fenced(folder, lease.fence, whole.url)
 
 
 def owner_here() -> str:

@@ -12,25 +12,29 @@ from medtl_dist.config import Config, differing_keys
 from medtl_dist.data.label_sets import TASK
 from medtl_dist.errors import UserError
 from medtl_dist.run import Folder
+from medtl_dist.store_folder import folder_at
 from medtl_dist.train import results
 from medtl_dist.train.compare import Scored, compared, read_scored
-from medtl_dist.train.run_folder import read_config
+from medtl_dist.train.run_store import read_config_in
 
 SCHEMA_VERSION = 1
 
 
-def compare_runs(first: Path, second: Path, split: str) -> dict[str, Any]:
+def compare_runs(first: Path | str, second: Path | str, split: str) -> dict[str, Any]:
     """The second run's AUC minus the first's on the images of ``split`` that both have scored, as plain JSON values.
+
+    ``first``, ``second``: run folders, or the addresses of runs in a store.
 
     Raises:
         UserError: a run that has not finished or has not scored the split; runs of other classes, units or images.
         DataError: damaged results or predictions.
+        Interrupted: a store can't be reached.
     """
-    folders = [first, second]
-    configs = [read_config(folder) for folder in folders]
+    folders = [folder_at(first), folder_at(second)]
+    configs = [read_config_in(folder) for folder in folders]
     known = [_finished(folder, split) for folder in folders]
     _check_alike(folders, configs, known)
-    scored = [read_scored(Folder.local(folder), split) for folder in folders]
+    scored = [read_scored(folder, split) for folder in folders]
     _check_same_images(folders, known, scored, split)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -39,7 +43,7 @@ def compare_runs(first: Path, second: Path, split: str) -> dict[str, Any]:
         "runs": [_of_run(folder, one, split) for folder, one in zip(folders, known, strict=True)],
         "n": len(scored[0].keys),
         "unit": scored[0].unit,
-        "comparison": compared(Folder.local(first), [(scored[0], scored[1])]),
+        "comparison": compared(folders[0], [(scored[0], scored[1])]),
         "config": differing_keys(configs[0], configs[1]),
         "cautions": _cautions(known, split),
     }
@@ -64,17 +68,16 @@ def describe(content: Mapping[str, Any]) -> list[str]:
     return lines + [f"note  {text}" for text in content["cautions"]]
 
 
-def _finished(folder: Path, split: str) -> dict[str, Any]:
-    place = Folder.local(folder)
-    if not place.exists("results.json"):
-        raise UserError(f"{folder}: the run has not finished; `medtl train --resume` goes on with it.")
-    known = results.read_results(place)
+def _finished(folder: Folder, split: str) -> dict[str, Any]:
+    if not folder.exists("results.json"):
+        raise UserError(f"{folder.url}: the run has not finished; `medtl train --resume` goes on with it.")
+    known = results.read_results(folder)
     if split not in known["splits"]:
-        raise UserError(f"{folder} has not scored {split}: medtl evaluate {folder} --split {split}")
+        raise UserError(f"{folder.url} has not scored {split}: medtl evaluate {folder.url} --split {split}")
     return known
 
 
-def _check_alike(folders: list[Path], configs: list[Config], known: list[dict[str, Any]]) -> None:
+def _check_alike(folders: list[Folder], configs: list[Config], known: list[dict[str, Any]]) -> None:
     a, b = known
     if TASK in (a["task"], b["task"]):
         raise UserError(f"task {TASK} can't be compared yet; binary and multiclass can.")
@@ -85,32 +88,32 @@ def _check_alike(folders: list[Path], configs: list[Config], known: list[dict[st
     ):
         if one != other:
             raise UserError(
-                f"{folders[0]} and {folders[1]} differ in {what} ({one}; {other}): they measure different things."
+                f"{folders[0].url} and {folders[1].url} differ in {what} ({one}; {other}): they measure different things."
             )
 
 
-def _check_same_images(folders: list[Path], known: list[dict[str, Any]], scored: list[Scored], split: str) -> None:
+def _check_same_images(folders: list[Folder], known: list[dict[str, Any]], scored: list[Scored], split: str) -> None:
     """Whether both runs scored the same images, and with the same labels. Raises UserError that counts what differs."""
     a, b = (set(one.keys.tolist()) for one in scored)
     names = [one["data"]["name"] for one in known]
     if a != b:
         sets = "two packs" if names[0] == names[1] else "the sets"
         raise UserError(
-            f"{folders[0]} and {folders[1]} scored different images of {split} ({sets} {names[0]} and {names[1]}: {len(a & b)} "
-            f"in both, {len(a - b)} in the first alone, {len(b - a)} in the second alone): a paired comparison needs the same; "
-            f"score one set with both: medtl evaluate RUN --data SET"
+            f"{folders[0].url} and {folders[1].url} scored different images of {split} ({sets} {names[0]} and {names[1]}: "
+            f"{len(a & b)} in both, {len(a - b)} in the first alone, {len(b - a)} in the second alone): a paired comparison "
+            "needs the same; score one set with both: medtl evaluate RUN --data SET"
         )
     if not np.array_equal(scored[0].labels, scored[1].labels):
         wrong = int((scored[0].labels != scored[1].labels).sum())
         raise UserError(
-            f"{folders[0]} and {folders[1]}: {wrong} images of {split} have other labels in the one than in the other."
+            f"{folders[0].url} and {folders[1].url}: {wrong} images of {split} have other labels in the one than in the other."
         )
 
 
-def _of_run(folder: Path, known: Mapping[str, Any], split: str) -> dict[str, Any]:
+def _of_run(folder: Folder, known: Mapping[str, Any], split: str) -> dict[str, Any]:
     entry = known["splits"][split]
     told = {name: entry.get(name) for name in ("auc", "auc_ci", "ci_method", "n", "n_groups")}
-    return {"run": str(folder), "data": known["data"]["name"], "backbone": known["model"]["backbone"]} | told
+    return {"run": folder.url, "data": known["data"]["name"], "backbone": known["model"]["backbone"]} | told
 
 
 def _cautions(known: list[dict[str, Any]], split: str) -> list[str]:

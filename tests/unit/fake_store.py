@@ -15,7 +15,7 @@ from medtl_dist import create_only, store_folder
 from medtl_dist.errors import Interrupted
 from medtl_dist.storage import StorageOptions, parse_place
 from medtl_dist.store_folder import StoreFolder
-from medtl_dist.train import ledger
+from medtl_dist.train import lease, ledger, run_folder
 
 
 class Stores:
@@ -77,7 +77,7 @@ def stores_in(root: Path) -> Iterator[Stores]:
     """``s3://`` and ``gs://`` addresses lie below ``root`` inside the block."""
     found = Stores(root)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (store_folder, ledger):
+        for module in (store_folder, ledger, lease, run_folder):
             patch.setattr(module, "store_folder", found.folder)
         patch.setattr(create_only, "_create_in_store", found.make)
         yield found

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from medtl_dist.config import load_config
+from medtl_dist.config import Config, load_config
 from medtl_dist.data.pack import PackOptions, pack
 from medtl_dist.data.sources import Columns
 from medtl_dist.run import Folder, LocalRun
@@ -51,15 +51,20 @@ def pack_table(table: Path, dest: Path, **options: object) -> Path:
     return dest
 
 
-def train(shards: Path, folder: Path, *overrides: str) -> Path:
-    """A finished run in ``folder``; call within ``tiny_registered``."""
-    config = load_config(
+def config_on(shards: Path, *overrides: str) -> Config:
+    """Of an epoch of the tiny network; to be used within ``tiny_registered``."""
+    return load_config(
         preset="smoke",
         overrides=[
             "model.backbone=tiny", f"data.shards={shards}", "train.threads=1", "train.epochs=1", "data.image_size_px=40",
             "evaluate.bootstrap_samples=20", *overrides,
         ],
     )  # fmt: skip
+
+
+def train(shards: Path, folder: Path, *overrides: str) -> Path:
+    """A finished run in ``folder``; call within ``tiny_registered``."""
+    config = config_on(shards, *overrides)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
     fit(config, LocalRun(Folder.local(folder)))

@@ -49,7 +49,7 @@ def _copy(place: Path, tmp_path: Path) -> Path:
 
 def test_the_numbers_are_scikit_learns_on_the_predictions(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
-    content = evaluate_external(run, str(place / "elsewhere"), class_map=MAP)
+    content = evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP)
     folder = run / "external" / "elsewhere"
     assert content == json.loads((folder / "external.json").read_text()) | {"folder": str(folder)}
     parts = [pd.read_parquet(folder / "predictions" / f"{split}.parquet") for split in ("train", "val", "test")]
@@ -78,7 +78,7 @@ def test_the_numbers_are_scikit_learns_on_the_predictions(place: Path, tmp_path:
 
 def test_the_predictions_are_those_of_predict(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
-    evaluate_external(run, str(place / "elsewhere"), class_map=MAP, split="val")
+    evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP, split="val")
     scored = pd.read_parquet(run / "external" / "elsewhere" / "predictions" / "val.parquet")
     predict(run, str(place / "elsewhere"), tmp_path / "scores.parquet", PredictOptions(part_size=8))
     both = scored.merge(pd.read_parquet(tmp_path / "scores.parquet"), on="key", suffixes=("", "_too"))
@@ -90,31 +90,31 @@ def test_the_predictions_are_those_of_predict(place: Path, tmp_path: Path) -> No
 def test_opening_their_test_split_is_counted_and_the_others_are_not(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
     told = [
-        evaluate_external(run, str(place / "elsewhere"), class_map=MAP, split=split)["test_openings"]
+        evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP, split=split)["test_openings"]
         for split in ("val", "test", "all", "train")
     ]
     assert told == [None, {"count": 1, "configurations": 1}, {"count": 2, "configurations": 1}, None]
     lines = (tmp_path / "runs" / "test_openings.jsonl").read_text().splitlines()
     assert {json.loads(line)["dataset_sha256"] for line in lines} == {open_dataset(place / "elsewhere").sha256}
     with pytest.raises(UserError, match=r"--split dev: .* has train, val, test; all of them: --split all"):
-        evaluate_external(run, str(place / "elsewhere"), class_map=MAP, split="dev")
+        evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP, split="dev")
 
 
 def test_what_the_run_knows_is_no_external_set(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
     with pytest.raises(UserError, match="is the set of this run"):
-        evaluate_external(run, str(place / "set"))
+        evaluate_external(Folder.local(run), str(place / "set"))
     pack_table(place / "images" / "labels.csv", tmp_path / "repacked", seed=3)  # the same bytes under other keys
     with pytest.raises(LeakageError, match="shares 48 images with the same bytes with the set"):
-        evaluate_external(run, str(tmp_path / "repacked"))
+        evaluate_external(Folder.local(run), str(tmp_path / "repacked"))
     secret = place / "set.private" / "key"
     pack_table(place / "images" / "labels.csv", tmp_path / "smaller", image_size_px=60, key_file=secret)
     with pytest.raises(LeakageError, match="shares 48 keys, 24 patients with"):
-        evaluate_external(run, str(tmp_path / "smaller"))
+        evaluate_external(Folder.local(run), str(tmp_path / "smaller"))
     _lose_the_set(run)
     with pytest.raises(LeakageError, match="shares 12 keys, 6 patients with"):  # val, which the run has scored
-        evaluate_external(run, str(tmp_path / "smaller"))
-    content = evaluate_external(run, str(place / "elsewhere"), class_map=MAP)
+        evaluate_external(Folder.local(run), str(tmp_path / "smaller"))
+    content = evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP)
     assert content["overlap"] == {"compared_with": "the images that the run has scored", "compared": ["key", "group"]}
     assert not (run / "external" / "smaller").exists()
 
@@ -126,18 +126,20 @@ def _lose_the_set(run: Path) -> None:
 
 def test_a_folder_holds_one_set(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
-    evaluate_external(run, str(place / "elsewhere"), class_map=MAP, split="val", name="clinic #2/../x")
+    evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP, split="val", name="clinic #2/../x")
     assert [entry.name for entry in (run / "external").iterdir()] == ["clinic-2-..-x"]
     pack_table(write_images(tmp_path / "more", seed=9), tmp_path / "third")
     with pytest.raises(UserError, match="holds the scores of another set: give this one a name with --name"):
-        evaluate_external(run, str(tmp_path / "third"), name="clinic #2/../x")
-    again = evaluate_external(run, str(place / "elsewhere"), class_map=MAP, split="all", name="clinic #2/../x")
+        evaluate_external(Folder.local(run), str(tmp_path / "third"), name="clinic #2/../x")
+    again = evaluate_external(
+        Folder.local(run), str(place / "elsewhere"), class_map=MAP, split="all", name="clinic #2/../x"
+    )
     assert again["splits"] == ["train", "val", "test"]
 
 
 def test_the_page_says_both_sets_numbers_and_runs_nothing(place: Path, tmp_path: Path) -> None:
     run = _copy(place, tmp_path)
-    content = evaluate_external(run, str(place / "elsewhere"), class_map=MAP)
+    content = evaluate_external(Folder.local(run), str(place / "elsewhere"), class_map=MAP)
     page = build_external_page(Path(content["folder"])).read_text()
     assert "run on elsewhere" in page
     assert "very ill is SICK" in page
@@ -160,7 +162,7 @@ def test_several_classes_are_mapped_by_name_and_one_may_be_absent(place: Path, t
     table = write_images(tmp_path / "images", 48, classes=("a", "b", "c"))
     run = train(pack_table(table, tmp_path / "set"), tmp_path / "run")
     pack_table(write_images(tmp_path / "two", 40, classes=("c", "a"), seed=5), tmp_path / "two-set")
-    content = evaluate_external(run, str(tmp_path / "two-set"))
+    content = evaluate_external(Folder.local(run), str(tmp_path / "two-set"))
     folder = run / "external" / "two-set" / "predictions"
     scored = pd.concat([pd.read_parquet(folder / f"{split}.parquet") for split in content["splits"]])
     assert set(scored.label) == {0, 2}
