@@ -1,6 +1,6 @@
 """A run's config and a few typed choices → Kubernetes manifests as plain data: ConfigMap, ServiceAccount, NetworkPolicy, and a
-KubeRay RayJob (a training, or `medtl doctor` where it would run) or RayCluster. Never string templates; what reaches a shell
-holds no character that a shell reads."""
+KubeRay RayJob (a training, a sweep, `medtl doctor` where a training would run) or RayCluster. Never string templates; what
+reaches a shell holds no character that a shell reads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,21 @@ from cluster.placement import (
 )
 from cluster.pods import CONFIG_FOLDER, RUN_LABEL, PodNeeds, autoscaler_options, head_pod, submitter_pod, worker_pod
 from cluster.sizing import OBJECT_STORE_BYTES, Resources, Shape, Tree
+from cluster.sweep_pods import (
+    ShippedSpace,
+    check_weights,
+    cluster_section,
+    prefix_cache_gib,
+    trials_at_once,
+    tune_command,
+    tune_section,
+    workers_of_trial,
+)
 from medtl_dist.config import Config
 from medtl_dist.data.plan import check_world_size
 from medtl_dist.errors import UserError
 
-JOB, CLUSTER, DOCTOR = "train", "cluster", "doctor"
+JOB, SWEEP, CLUSTER, DOCTOR = "train", "tune", "cluster", "doctor"
 DOCTOR_DEADLINE_S = 3600  # nodes may have to be made, and pull the image, before it begins
 HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
 _ADDRESS = re.compile(r"(https?)://[A-Za-z0-9.-]+(?::([0-9]{1,5}))?(?:/|$)")
@@ -37,7 +47,8 @@ _GKE_IDENTITY = "iam.gke.io/gcp-service-account"
 
 @dataclass(frozen=True)
 class Target:
-    """Everything about the place that a config does not say. Checked when it is made: a bad value cannot exist.
+    """Everything about the place that a config does not say, and a sweep's space. Checked when it is made: a bad value cannot
+    exist.
 
     Raises:
         UserError: what was given, and what is expected; see ``cluster.placement``.
@@ -48,6 +59,7 @@ class Target:
     shape: Shape
     store: Store | None = None
     kind: str = JOB
+    space: ShippedSpace | None = None
     namespace: str | None = None
     queue: str | None = None
     spot: tuple[str, str] | None = None
@@ -76,8 +88,10 @@ class Target:
             checked_annotations("--spot", {self.spot[0]: self.spot[1]}, as_label=True)
         checked_annotations("--identity", self.identity)
         checked_version(self.ray_version)
-        if self.kind not in (JOB, CLUSTER, DOCTOR):
-            raise UserError(f"--kind {self.kind}: expected {JOB}, {CLUSTER} or {DOCTOR}.")
+        if self.kind not in (JOB, SWEEP, CLUSTER, DOCTOR):
+            raise UserError(f"--kind {self.kind}: expected {JOB}, {SWEEP}, {CLUSTER} or {DOCTOR}.")
+        if (self.kind == SWEEP) != (self.space is not None):
+            raise UserError(f"--kind {self.kind}: a sweep has a --space, and nothing else has one.")
         if self.kind != CLUSTER and self.store is None:
             raise UserError("--store is missing: where run folders are written, s3://…, gs://… or /mnt/… with --claim.")
         if self.queue is not None and self.shape.elastic:
@@ -106,22 +120,28 @@ def render(config: Config, target: Target, *, open_test: bool = False, with_conf
     Of a doctor everything but the RayJob is the run's own, name included: it looks with the run's identity, through its
     network policy, at its config. An elastic shape is looked at in full size, since the doctor's pods are waited for.
     """
-    account, policy = service_account(target), network_policy(target, ports=_ports(config))
+    if open_test and target.kind != JOB:
+        raise UserError(f"--test with --kind {target.kind}: only a training scores the test split; leave --test out.")
+    account, policy = service_account(target), network_policy(target, ports=_ports(config, target.space))
     if target.kind == CLUSTER:
         return [account, policy, ray_cluster(target)]
     config_map = [config_map_of(config_for(config, target), target)] if with_config else []
     if target.kind == DOCTOR:
         return [account, *config_map, policy, doctor_job(target)]
+    if target.space is not None:
+        job = ray_job(target, tune_command(target.run_folder, target.space), extra_cache_gib=prefix_cache_gib(config))
+        return [account, *config_map, policy, job]
     return [account, *config_map, policy, ray_job(target, train_command(target, open_test=open_test))]
 
 
 def config_for(config: Config, target: Target) -> Config:
-    """The run's config as its pods read it: paths in the store, ranks and CPUs of the shape.
+    """The run's config as its pods read it: paths in the store, ranks and CPUs of the shape; of a sweep those of a trial.
 
     CPUs are said outright because a process in a pod sees the whole node's. Adapting twice changes nothing.
 
     Raises:
-        UserError: a path that pods can't see, a login inside a URL, more ranks than the global batch has lanes for.
+        UserError: a path that pods can't see, a login inside a URL, more ranks than the global batch has lanes for; of a sweep
+            no room for one trial.
     """
     shape, store = target.shape, target.store
     if store is None:
@@ -141,7 +161,8 @@ def config_for(config: Config, target: Target) -> Config:
             )
     batch, limit = config.data.global_batch_size, config.data.lanes
     lanes = max(n for n in range(1, min(limit, batch) + 1) if batch % n == 0)
-    check_world_size(lanes, shape.ranks, batch)
+    space = target.space
+    check_world_size(lanes, shape.ranks if space is None else workers_of_trial(config), batch)
     rank = shape.rank
     data: dict[str, Any] = {"shards": store.place("data.shards", config.data.shards)}
     if config.data.loader_workers is None:
@@ -149,7 +170,7 @@ def config_for(config: Config, target: Target) -> Config:
     changes: dict[str, dict[str, Any]] = {
         "data": data,
         "train": {} if config.train.threads else {"threads": rank.cpus - rank.loaders},
-        "model": {"weights": store.place_weights(config.model.weights)},
+        "model": {key: store.place_weights(getattr(config.model, key)) for key in ("weights", "second_weights")},
         "cluster": {
             "num_workers": shape.ranks,
             "use_gpu": shape.gpu,
@@ -157,6 +178,11 @@ def config_for(config: Config, target: Target) -> Config:
             "address": "auto",  # the job's own cluster or an error, never a new one on the head
         },
     }
+    if space is not None:
+        trials_at_once(config, shape)
+        check_weights(space.space, store)
+        changes["cluster"] |= cluster_section(config, shape)
+        changes["tune"] = tune_section(config, space)
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     )
@@ -179,7 +205,7 @@ def config_map_of(config: Config, target: Target) -> Tree:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(target, name=f"{target.name}-config"),
-        "data": {"config.yaml": config.to_yaml()},
+        "data": {"config.yaml": config.to_yaml(), **({} if target.space is None else target.space.files)},
     }
 
 
@@ -229,8 +255,11 @@ def network_policy(target: Target, *, ports: Sequence[int] = ()) -> Tree:
     }
 
 
-def ray_job(target: Target, command: list[str]) -> Tree:
-    """A RayJob that runs ``command`` on a cluster of its own, and again on a new one after the loss of its head."""
+def ray_job(target: Target, command: list[str], *, extra_cache_gib: int = 0) -> Tree:
+    """A RayJob that runs ``command`` on a cluster of its own, and again on a new one after the loss of its head.
+
+    ``extra_cache_gib``: room in the workers' cache volume beyond a training's.
+    """
     queue = {} if target.queue is None else {"kueue.x-k8s.io/queue-name": target.queue}
     return {
         "apiVersion": "ray.io/v1",
@@ -240,7 +269,9 @@ def ray_job(target: Target, command: list[str]) -> Tree:
             "activeDeadlineSeconds": target.deadline_s,
             "backoffLimit": target.retries,
             "entrypoint": shlex.join(checked_words(command)),
-            "rayClusterSpec": _cluster_spec(target, config_map=f"{target.name}-config"),
+            "rayClusterSpec": _cluster_spec(
+                target, config_map=f"{target.name}-config", extra_cache_gib=extra_cache_gib
+            ),
             "shutdownAfterJobFinishes": True,
             "submissionMode": "K8sJobMode",
             "submitterConfig": {"backoffLimit": 3},
@@ -272,8 +303,9 @@ def ray_cluster(target: Target) -> Tree:
     }
 
 
-def _cluster_spec(target: Target, *, config_map: str | None) -> Tree:
+def _cluster_spec(target: Target, *, config_map: str | None, extra_cache_gib: int = 0) -> Tree:
     shape, needs = target.shape, _needs(target)
+    workers = replace(needs, cache_gib=needs.cache_gib + extra_cache_gib)
     auth = {"mode": "token"} | ({} if target.token_secret is None else {"secretName": target.token_secret})
     start = {"object-store-memory": str(OBJECT_STORE_BYTES)}
     spec: Tree = {
@@ -292,7 +324,7 @@ def _cluster_spec(target: Target, *, config_map: str | None) -> Tree:
                 "minReplicas": shape.min_pods,
                 "maxReplicas": shape.pods,
                 "rayStartParams": start,
-                "template": worker_pod(needs, shape.worker, spot=target.spot),
+                "template": worker_pod(workers, shape.worker, spot=target.spot),
             }
         ],
     }
@@ -321,9 +353,10 @@ def _metadata(target: Target, *, name: str | None = None, labels: Mapping[str, s
     return metadata if target.namespace is None else metadata | {"namespace": target.namespace}
 
 
-def _ports(config: Config) -> list[int]:
-    """Ports of the addresses that the config names, such as an object store's own."""
-    found = [_ADDRESS.match(text) for _, text in _strings(config.model_dump(mode="json"))]
+def _ports(config: Config, shipped: ShippedSpace | None) -> list[int]:
+    """Ports of the addresses that the config and a sweep's space name, such as an object store's own."""
+    trees = [config.model_dump(mode="json"), shipped.space.model_dump(mode="json") if shipped else {}]
+    found = [_ADDRESS.match(text) for tree in trees for _, text in _strings(tree)]
     return [int(match[2] or {"http": 80, "https": 443}[match[1]]) for match in found if match]
 
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from medtl_dist.errors import UserError
 
 # KubeRay appends 6 characters to a RayJob's name for its cluster's, whose Services must stay within 63.
-NAME_LIMITS = {"train": 47, "cluster": 53, "doctor": 40}  # a doctor's RayJob is called NAME-doctor
+NAME_LIMITS = {"train": 47, "tune": 47, "cluster": 53, "doctor": 40}  # a doctor's RayJob is called NAME-doctor
 
 _LABEL_1035 = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _LABEL_1123 = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -145,7 +145,7 @@ class Store:
         return path if inside else self.at(str(pure))
 
     def place_weights(self, weights: str) -> str:
-        """``model.weights``; a file lies in the store, or at an address. Raises UserError."""
+        """``model.weights`` or ``second_weights``; a file lies in the store, or at an address. Raises UserError."""
         if not weights.endswith((".pth", ".pt", ".safetensors")):
             return weights  # imagenet, random
         return self.place("model.weights", weights)

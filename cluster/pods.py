@@ -18,7 +18,7 @@ class PodNeeds:
 
     run: str
     image: str
-    cache_gib: int = 20
+    cache_gib: int = 20  # pretrained weights
     tmp_gib: int = 10
     grace_s: int = 120
     store_claim: str | None = None

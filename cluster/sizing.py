@@ -85,7 +85,7 @@ def rank_size(
 class Shape:
     """How many pods, and what is in each: ``ranks_per_pod`` ranks of ``rank``'s size, each with a GPU if ``gpu``.
 
-    ``min_pods`` < ``pods``: the autoscaler may go down to it and comes back up.
+    ``min_pods`` < ``pods``: the autoscaler may go down to it and comes back up. ``ranks_per_gpu``: trials that share a GPU.
     """
 
     pods: int
@@ -93,6 +93,7 @@ class Shape:
     rank: RankSize
     gpu: bool
     min_pods: int
+    ranks_per_gpu: int = 1
 
     @property
     def ranks(self) -> int:
@@ -105,7 +106,9 @@ class Shape:
     @property
     def worker(self) -> Resources:
         n = self.ranks_per_pod
-        return Resources(n * self.rank.cpus, n * self.rank.memory_gib + SHM_GIB, n if self.gpu else 0)
+        return Resources(
+            n * self.rank.cpus, n * self.rank.memory_gib + SHM_GIB, n // self.ranks_per_gpu if self.gpu else 0
+        )
 
 
 def gpu_shape(

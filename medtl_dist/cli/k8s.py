@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import subprocess
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,11 +42,17 @@ def render(
     kind: Annotated[
         str,
         typer.Option(
-            metavar="train|cluster|doctor",
-            help="A job, a cluster to work on, or `medtl doctor` where the job would run.",
+            metavar="train|tune|cluster|doctor",
+            help="A training, a sweep, a cluster to work on, or `medtl doctor` where the training would run.",
         ),
     ] = "train",
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs in all, one per rank; 0: on CPUs.")] = 0,
+    space: Annotated[
+        str | None,
+        typer.Option("--space", metavar="NAME|FILE", help="--kind tune: search space; wins over tune.space."),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="GPUs in all, one per rank; of a sweep for all trials at once; 0: on CPUs.")
+    ] = 0,
     gpus_per_worker: Annotated[int, typer.Option(min=1, help="GPUs of each worker pod.")] = 1,
     min_gpus: Annotated[
         int | None, typer.Option(min=0, help="Let the autoscaler go down to so many GPUs [default: fixed size].")
@@ -91,37 +97,43 @@ def render(
     Examples:
       medtl k8s render --preset resnet101 --set data.shards=sets/xrays --name xrays-1 --gpus 8 \\
           --image registry.example.org/medtl@sha256:… --store s3://bucket/medtl > run.yaml
+      medtl k8s render --kind tune --preset resnet101 --space resnet101 --set data.shards=sets/xrays --name sweep-1 --gpus 4 \\
+          --image … --store s3://bucket/medtl --apply
       medtl k8s render --kind cluster --name notebook --gpus 4 --min-gpus 0 --image … --apply
       medtl k8s render --kind doctor --preset resnet101 --set data.shards=sets/xrays --name xrays-1 --gpus 8 \\
           --image … --store s3://bucket/medtl --apply
     """
-    from cluster.manifests import Target, to_yaml
+    from cluster.manifests import SWEEP, Target, to_yaml
     from cluster.manifests import render as manifests_of
     from cluster.placement import Store
     from cluster.sizing import cpu_shape, gpu_shape
+    from cluster.sweep_pods import describe_trials, read_space, trial_shape
 
     if claim is not None and store is None:
         raise UserError(f"--claim {claim} without --store: say where it is mounted, for example --store /mnt/store.")
-    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
-    shape = (
-        gpu_shape(
-            gpus=gpus,
-            gpus_per_worker=gpus_per_worker,
-            min_gpus=min_gpus,
-            global_batch_size=resolved.data.global_batch_size,
-            image_size_px=resolved.data.image_size_px,
-            loader_images_per_s_core=loader_speed,
-            gpu_images_per_s=gpu_speed,
+    if space is not None and kind != SWEEP:
+        raise UserError(
+            f"--space {space} with --kind {kind}: only a sweep has a space; add --kind tune, or leave it out."
         )
-        if gpus
-        else cpu_shape(workers=cpu_workers, cpus_per_worker=cpus_per_worker)
-    )
+    resolved = load_config(preset=preset, file=config, overrides=overrides or [])
+    shipped = read_space(space or resolved.tune.space, resolved) if kind == SWEEP else None
+    amounts: dict[str, Any] = {"gpus": gpus, "gpus_per_worker": gpus_per_worker, "min_gpus": min_gpus}
+    speeds = {"loader_images_per_s_core": loader_speed, "gpu_images_per_s": gpu_speed}
+    if not gpus:
+        shape = cpu_shape(workers=cpu_workers, cpus_per_worker=cpus_per_worker)
+    elif shipped is not None:
+        shape = trial_shape(resolved, shipped.space, **amounts, **speeds)
+    else:
+        data = resolved.data
+        sizes = {"global_batch_size": data.global_batch_size, "image_size_px": data.image_size_px}
+        shape = gpu_shape(**amounts, **speeds, **sizes)
     target = Target(
         name=name,
         image=image,
         shape=shape,
         store=None if store is None else Store(store.rstrip("/"), claim),
         kind=kind,
+        space=shipped,
         namespace=namespace,
         queue=queue,
         spot=None if spot is None else _pair("--spot", spot),
@@ -134,10 +146,9 @@ def render(
         allow_tag=allow_tag,
         ray_version=ray_version or importlib.metadata.version("ray"),
     )
-    if test and kind == "doctor":
-        raise UserError("--test with --kind doctor: a doctor scores nothing; leave --test out.")
     text = to_yaml(manifests_of(resolved, target, open_test=test, with_config=not without_config))
-    typer.echo(describe(shape, loader_speed, gpu_speed), err=True)
+    trials = "" if shipped is None else f"; {describe_trials(resolved, shape)}"
+    typer.echo(describe(shape, loader_speed, gpu_speed) + trials, err=True)
     if apply:
         hand_to_kubectl(text)
     else:
@@ -152,8 +163,9 @@ def describe(shape: Shape, loader_speed: float, gpu_speed: float) -> str:
     line = f"{shape.pods} worker pods{least} of {worker.cpus} CPUs, {worker.memory_gib} GiB{gpus}"
     if not shape.gpu:
         return line
+    per = "GPU" if shape.ranks_per_gpu == 1 else "trial"
     return (
-        f"{line}; {shape.rank.loaders} loader{'s' if shape.rank.loaders > 1 else ''} per GPU, from {loader_speed:g} images/s "
+        f"{line}; {shape.rank.loaders} loader{'s' if shape.rank.loaders > 1 else ''} per {per}, from {loader_speed:g} images/s "
         f"per core (--loader-images-per-s-core) for {gpu_speed:g} images/s per GPU (--gpu-images-per-s)"
     )
 

@@ -21,6 +21,7 @@ K8S = Path(__file__).parents[2] / "k8s"
 PLACES = [
     *sorted(str(path.parent.relative_to(K8S)) for path in K8S.glob("overlays/*/kustomization.yaml")),
     "interactive",
+    "tune",
 ]
 
 

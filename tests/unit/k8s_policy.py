@@ -156,7 +156,8 @@ def _job_faults(run: Tree, manifests: list[Tree]) -> Iterator[str]:
     if spec.get("submissionMode") != "K8sJobMode" or "submitterPodTemplate" not in spec:
         yield f"submissionMode {spec.get('submissionMode')}: the submitter's pod is not ours to restrict"
     words = shlex.split(spec["entrypoint"])
-    doctor = words[:2] == ["medtl", "doctor"]
+    doctor, sweep = (words[:2] == ["medtl", kind] for kind in ("doctor", "tune"))
+    folder_option = "--sweep-dir" if sweep else "--run-dir"
     for key in ("backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"):
         if not spec.get(key, 0) >= 1 and not (doctor and key == "backoffLimit"):
             yield f"{key} is not set"
@@ -166,7 +167,7 @@ def _job_faults(run: Tree, manifests: list[Tree]) -> Iterator[str]:
         yield "the entrypoint holds what a shell reads"
     if doctor:
         yield from _doctor_faults(spec, words)
-    elif "--resume" not in words or not words[words.index("--run-dir") + 1].endswith(f"/runs/{name}"):
+    elif "--resume" not in words or not words[words.index(folder_option) + 1].endswith(f"/runs/{name}"):
         yield "the entrypoint does not resume by run name"
     configs = [m for m in manifests if m["kind"] == "ConfigMap"]
     mounted = {
@@ -177,9 +178,11 @@ def _job_faults(run: Tree, manifests: list[Tree]) -> Iterator[str]:
     if {m["metadata"]["name"] for m in configs} != mounted:
         yield "the head's ConfigMap is not the one beside it"
         return
-    yield from _config_faults(
-        yaml.safe_load(configs[0]["data"]["config.yaml"]), spec["rayClusterSpec"]["workerGroupSpecs"]
-    )
+    config, groups = yaml.safe_load(configs[0]["data"]["config.yaml"]), spec["rayClusterSpec"]["workerGroupSpecs"]
+    yield from _config_faults(config)
+    yield from _trial_faults(config, groups) if sweep else _rank_faults(config, groups)
+    if sweep:
+        yield from _space_faults(words, configs[0]["data"])
 
 
 def _doctor_faults(spec: Tree, words: list[str]) -> Iterator[str]:
@@ -191,20 +194,66 @@ def _doctor_faults(spec: Tree, words: list[str]) -> Iterator[str]:
         yield "a doctor that does not see all nodes"
 
 
-def _config_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:
-    place = config.get("cluster", {})
-    ranks, cpus, gpus = place.get("num_workers", 0), place.get("cpus_per_worker", 0), place.get("use_gpu")
-    there = [(g["maxReplicas"], g["template"]["spec"]["containers"][0]["resources"]["limits"]) for g in groups]
-    if sum(n * float(limits["cpu"]) for n, limits in there) != ranks * cpus:
-        yield "the config's ranks don't fill the workers' CPUs"
-    if sum(n * int(limits.get("nvidia.com/gpu", 0)) for n, limits in there) != (ranks if gpus else 0):
-        yield "the config's ranks are not the workers' GPUs"
-    if place.get("address") != "auto":
+def _config_faults(config: Tree) -> Iterator[str]:
+    if config.get("cluster", {}).get("address") != "auto":
         yield "without cluster.address the driver may start a Ray of its own on the head"
     if not re.match(r"(s3|gs)://|/mnt/", config["data"]["shards"]):
         yield "pods can't see data.shards"
     if config.get("train", {}).get("threads") is None or config["data"].get("loader_workers") is None:
         yield "threads would follow the node's CPUs, not the pod's"
+
+
+def _rank_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:
+    place = config.get("cluster", {})
+    ranks, cpus, gpus = place.get("num_workers", 0), place.get("cpus_per_worker", 0), place.get("use_gpu")
+    there = [(g["maxReplicas"], _limits(g)) for g in groups]
+    if sum(n * float(limits["cpu"]) for n, limits in there) != ranks * cpus:
+        yield "the config's ranks don't fill the workers' CPUs"
+    if sum(n * int(limits.get("nvidia.com/gpu", 0)) for n, limits in there) != (ranks if gpus else 0):
+        yield "the config's ranks are not the workers' GPUs"
+
+
+def _trial_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:
+    place, tune = config.get("cluster", {}), config.get("tune", {})
+    cpus, share, held = place["cpus_per_worker"], float(place.get("use_gpu") or 0), 0.0
+    for group in groups:
+        here = float(_limits(group)["cpu"]) / cpus
+        gpus = int(_limits(group).get("nvidia.com/gpu", 0))
+        if here % 1:
+            yield "trials don't fill the workers' CPUs"
+        if (here if share else 0) != (gpus * (1 // share) if share else gpus):
+            yield "trials at once are not the workers' GPUs"
+        held += group["maxReplicas"] * here
+        yield from _cache_faults(tune, group["template"]["spec"])
+    if held < max(place.get("num_workers", 0), 1):
+        yield "no room for one trial"
+
+
+def _cache_faults(tune: Tree, pod: Tree) -> Iterator[str]:
+    if tune.get("prefix_cache") == "off":
+        return
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume.get("emptyDir") for volume in pod["volumes"]}
+    volume = volumes.get(mounts.get(tune.get("prefix_cache_dir"), ""))
+    if volume is None or "medium" in volume:
+        yield "the prefix cache is not on a volume of the pod's own"
+    elif (
+        not tune.get("prefix_cache_mib")
+        or int(volume["sizeLimit"].removesuffix("Gi")) - 10 < tune["prefix_cache_mib"] / 1024
+    ):
+        yield "the prefix cache can outgrow its volume, which evicts the pod"
+
+
+def _space_faults(words: list[str], files: Tree) -> Iterator[str]:
+    folder, _, file = words[words.index("--space") + 1].rpartition("/")
+    if folder and (folder != "/etc/medtl" or file not in files):
+        yield "the sweep's space is not beside its config"
+    if "--test" in words or "--then" in words:
+        yield "a sweep that opens the test split"
+
+
+def _limits(group: Tree) -> Tree:
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]
 
 
 def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:

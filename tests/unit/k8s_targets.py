@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from cluster.manifests import Target, render, to_yaml
 from cluster.placement import Store
 from cluster.sizing import cpu_shape, gpu_shape
+from cluster.sweep_pods import ShippedSpace, read_space, trial_shape
 from medtl_dist.config import load_config
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, the same rules
@@ -19,6 +21,16 @@ CPU = cpu_shape(workers=2, cpus_per_worker=2)
 S3 = Store("s3://bucket/team/medtl")
 PVC = Store("/mnt/store", "claim-1")
 CONFIG = load_config(preset="resnet101", overrides=["data.shards=sets/xrays"])
+SWEPT = load_config(preset="resnet101", overrides=["data.shards=sets/xrays", "cluster.num_workers=4"])
+HALVED = load_config(preset="resnet101", overrides=["data.shards=sets/xrays", "cluster.use_gpu=0.5"])
+NAMED = read_space("resnet101", CONFIG)
+FILE = ShippedSpace(
+    "/etc/medtl/space.yaml",
+    (Path(__file__).parents[2] / "tune_spaces/head_only.yaml").read_text(encoding="utf-8"),
+    read_space("head_only", CONFIG).space,
+)
+SINGLE = trial_shape(CONFIG, NAMED.space, gpus=4, gpus_per_worker=1, min_gpus=None)
+SHARED = trial_shape(HALVED, NAMED.space, gpus=2, gpus_per_worker=2, min_gpus=0)
 
 TARGETS = {
     "gpu": Target("xrays-1", IMAGE, GPU, S3),
@@ -35,13 +47,18 @@ TARGETS = {
     ),
     "doctor": Target("a" * 40, IMAGE, ELASTIC, PVC, kind="doctor", spot=("cloud.example.org/kind", "spot")),
     "doctor-kueue": Target("xrays-1", IMAGE, CPU, S3, kind="doctor", queue="q", credentials_secret="s3-login"),
+    "sweep": Target("sweep-1", IMAGE, SINGLE, S3, kind="tune", space=NAMED),
+    "sweep-file": Target("a" * 47, IMAGE, GPU, PVC, kind="tune", space=FILE, queue="q"),
+    "sweep-shared": Target("sweep-1", IMAGE, SHARED, S3, kind="tune", space=FILE, credentials_secret="s3-login"),
+    "sweep-cpu": Target("sweep-1", IMAGE, CPU, Store("gs://bucket"), kind="tune", space=NAMED),
     "cluster": Target("a" * 53, IMAGE, ELASTIC, kind="cluster"),
     "cluster-kueue": Target("notebook", IMAGE, CPU, PVC, kind="cluster", queue="q"),
 }
+CONFIGS = {"sweep-file": SWEPT, "sweep-shared": HALVED}  # of the others CONFIG
 
 
 def rendered(name: str) -> list[dict[str, Any]]:
-    return list(yaml.load_all(to_yaml(render(CONFIG, TARGETS[name])), Loader=LOADER))
+    return list(yaml.load_all(to_yaml(render(CONFIGS.get(name, CONFIG), TARGETS[name])), Loader=LOADER))
 
 
 def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:

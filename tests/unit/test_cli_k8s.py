@@ -49,6 +49,23 @@ def test_render_says_how_fast_loading_must_be(capsys: pytest.CaptureFixture[str]
     assert yaml.safe_load(config["data"]["config.yaml"])["data"]["loader_workers"] == 4
 
 
+def test_a_sweep_is_rendered_with_its_space_beside_its_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# mine\nknobs: [{key: optim.lr, type: log_uniform, low: 1.0e-4, high: 1.0e-2}]\n")
+    more = ["--kind", "tune", "--space", str(file), "--set", "cluster.num_workers=2", "--set", "tune.num_trials=9"]
+    assert run([*RENDER, *more]) == 0
+    out, err = capsys.readouterr()
+    _, config_map, _, job = yaml.safe_load_all(out)
+    assert config_map["data"]["space.yaml"] == file.read_text()
+    assert str(tmp_path) not in out
+    assert job["spec"]["entrypoint"].endswith("/runs/xrays-1 --resume --space /etc/medtl/space.yaml")
+    assert err.endswith("; 4 of 9 trials at once\n")
+    assert run([*RENDER, "--kind", "tune", "--set", "tune.space=smoke"]) == 0
+    assert capsys.readouterr().out.count("--resume --space smoke\n") == 1
+
+
 def test_a_cluster_to_work_on_needs_neither_store_nor_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run(["k8s", "render", "--kind", "cluster", "--name", "notebook", "--image", IMAGE, "--cpu-workers", "1"]) == 0
@@ -66,7 +83,11 @@ def test_a_cluster_to_work_on_needs_neither_store_nor_config(capsys: pytest.Capt
         (["--gpus-per-worker", "3"], "expected multiples of --gpus-per-worker"),
         (["--set", "data.shards=/here"], "pods can't see this machine's folders"),
         (["--image", "medtl:1"], "add --allow-tag"),
-        (["--kind", "doctor", "--test"], "a doctor scores nothing"),
+        (["--kind", "doctor", "--test"], "--test with --kind doctor: only a training scores the test split"),
+        (["--kind", "tune", "--test"], "--test with --kind tune: only a training scores the test split"),
+        (["--space", "smoke"], "--space smoke with --kind train: only a sweep has a space"),
+        (["--kind", "tune", "--space", "nowhere.yaml"], "space nowhere.yaml: can't be read"),
+        (["--kind", "tune", "--set", "cluster.num_workers=9"], "--gpus 8: no room for one trial, which has 9 workers"),
         (["--ray-version", "nightly"], "--ray-version 'nightly'"),
     ],
 )

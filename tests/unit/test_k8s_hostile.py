@@ -11,10 +11,11 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from k8s_targets import CONFIG, GPU, IMAGE, LOADER, TARGETS, of_kind
+from k8s_targets import CONFIG, FILE, GPU, IMAGE, LOADER, TARGETS, of_kind
 
 from cluster.manifests import Target, config_for, doctor_command, render, to_yaml, train_command
 from cluster.placement import Store, checked_words
+from cluster.sweep_pods import tune_command
 from medtl_dist.config import load_config
 from medtl_dist.errors import UserError
 
@@ -48,20 +49,21 @@ HOSTILE = st.text(max_size=40) | st.sampled_from(
     name=HOSTILE,
     root=HOSTILE,
     claim=st.none() | HOSTILE,
-    kind=st.sampled_from(["train", "cluster", "doctor"]),
+    kind=st.sampled_from(["train", "tune", "cluster", "doctor"]),
     test=st.booleans(),
 )
 def test_a_hostile_name_or_store_is_refused_or_stays_one_word(
     name: str, root: str, claim: str | None, kind: str, test: bool
 ) -> None:
+    test = test and kind == "train"
+    space = FILE if kind == "tune" else None
     for store_root in (root, f"s3://bucket/{root}", f"/mnt/{root}"):
         with contextlib.suppress(UserError):
-            target = Target(name, IMAGE, GPU, Store(store_root, claim), kind=kind)
+            target = Target(name, IMAGE, GPU, Store(store_root, claim), kind=kind, space=space)
             _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
         with contextlib.suppress(UserError):
-            target = Target(
-                "good", IMAGE, GPU, Store(store_root, claim), kind="doctor" if kind == "doctor" else "train"
-            )
+            job = "train" if kind == "cluster" else kind
+            target = Target("good", IMAGE, GPU, Store(store_root, claim), kind=job, space=space)
             _holds_together(target, render(CONFIG, target, open_test=test), open_test=test)
 
 
@@ -120,6 +122,10 @@ def _holds_together(target: Target, manifests: list[dict[str, Any]], *, open_tes
             ]
             wanted += ["--test"] if open_test else []
             made = train_command(target, open_test=open_test)
+            if target.space is not None:
+                wanted[1], wanted[4] = "tune", "--sweep-dir"
+                wanted += ["--space", "/etc/medtl/space.yaml"]
+                made = tune_command(target.run_folder, target.space)
             if target.kind == "doctor":
                 wanted = ["medtl", "doctor", "--nodes", "--config", "/etc/medtl/config.yaml", "--store"]
                 wanted += [target.run_folder.removesuffix(f"/runs/{target.name}"), "--step"]

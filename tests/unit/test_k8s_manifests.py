@@ -267,7 +267,7 @@ def test_identities_reach_the_service_account_and_the_network() -> None:
         ({"spot": ("a b", "c")}, "--spot"),
         ({"spot": ("a", "c d")}, "--spot"),
         ({"identity": {"a": "b\nc"}}, "--identity"),
-        ({"kind": "tune"}, "--kind tune: expected train, cluster or doctor"),
+        ({"kind": "crossval"}, "--kind crossval: expected train, tune, cluster or doctor"),
         ({"retries": 0}, "--retries"),
         ({"grace_s": 59}, "--grace-s 59: expected at least 60"),
         ({"ray_version": "latest"}, "--ray-version 'latest'"),

@@ -83,7 +83,9 @@ def test_the_files_that_overlays_build_on_are_the_renderers_own() -> None:
     """Where this fails: `make k8s-files`, and look at the difference. The commands are the Makefile's."""
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     commands = [line.split() for line in lines if "$(BIN)/medtl k8s render" in line]
-    assert len(commands) == 2
+    assert {command[-1] for command in commands} == {
+        f"k8s/{file.relative_to(K8S)}" for file in K8S.rglob("manifests.yaml")
+    }
     for command in commands:
         arguments, (_, file) = command[1 : command.index(">")], command[command.index(">") :]
         arguments = [IMAGE if word == "$(K8S_IMAGE)" else word for word in arguments]
@@ -125,13 +127,14 @@ def as_on_the_head(manifests: list[dict[str, Any]], tmp_path: Path) -> tuple[str
     """The config and the entrypoint of a job, with ``tmp_path`` for the folders that the head has."""
     (config_map,) = [m for m in manifests if m["kind"] == "ConfigMap"]
     (job,) = [m for m in manifests if m["kind"] == "RayJob"]
-    (tmp_path / "config.yaml").write_text(config_map["data"]["config.yaml"], encoding="utf-8")
+    for file, text in config_map["data"].items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
     (tmp_path / "medtl").write_text(
         f'#!/bin/sh\nexec "{sys.executable}" -m medtl_dist.cli.main "$@"\n', encoding="utf-8"
     )
     (tmp_path / "medtl").chmod(0o755)
     line = job["spec"]["entrypoint"]
-    assert line.count("/etc/medtl/") == 1
+    assert line.count("/etc/medtl/") == len(config_map["data"])
     return config_map["data"]["config.yaml"], line.replace("/etc/medtl/", f"{tmp_path}/")
 
 
