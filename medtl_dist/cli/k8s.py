@@ -117,16 +117,20 @@ def render(
         )
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     shipped = read_space(space or resolved.tune.space, resolved) if kind == SWEEP else None
-    amounts: dict[str, Any] = {"gpus": gpus, "gpus_per_worker": gpus_per_worker, "min_gpus": min_gpus}
-    speeds = {"loader_images_per_s_core": loader_speed, "gpu_images_per_s": gpu_speed}
+    amounts: dict[str, Any] = {
+        "gpus": gpus,
+        "gpus_per_worker": gpus_per_worker,
+        "min_gpus": min_gpus,
+        "loader_images_per_s_core": loader_speed,
+        "gpu_images_per_s": gpu_speed,
+    }
     if not gpus:
         shape = cpu_shape(workers=cpu_workers, cpus_per_worker=cpus_per_worker)
     elif shipped is not None:
-        shape = trial_shape(resolved, shipped.space, **amounts, **speeds)
+        shape = trial_shape(resolved, shipped.space, **amounts)
     else:
         data = resolved.data
-        sizes = {"global_batch_size": data.global_batch_size, "image_size_px": data.image_size_px}
-        shape = gpu_shape(**amounts, **speeds, **sizes)
+        shape = gpu_shape(**amounts, global_batch_size=data.global_batch_size, image_size_px=data.image_size_px)
     target = Target(
         name=name,
         image=image,

@@ -143,7 +143,7 @@ def documented_commands() -> list[str]:
 
 def test_the_documented_commands_run(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = documented_commands()
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         words = shlex.split(
             command.replace("@sha256:…", f"@sha256:{'2' * 64}").replace("--image …", f"--image {IMAGE}").split(">")[0]
