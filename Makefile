@@ -70,6 +70,8 @@ K8S_IMAGE := registry.example.org/medtl@sha256:000000000000000000000000000000000
 k8s-files: $(STAMP) ## write the manifests that k8s/ is built on, with the renderer
 	$(BIN)/medtl k8s render --name medtl-train --image $(K8S_IMAGE) --config k8s/base/config.yaml --store s3://my-bucket/medtl \
 	  --without-config > k8s/base/manifests.yaml
+	$(BIN)/medtl k8s render --kind tune --name medtl-tune --image $(K8S_IMAGE) --config k8s/tune/config.yaml --space k8s/tune/space.yaml \
+	  --store s3://my-bucket/medtl --gpus 4 --without-config > k8s/tune/manifests.yaml
 	$(BIN)/medtl k8s render --name medtl --image $(K8S_IMAGE) --kind cluster --gpus 4 --min-gpus 0 > k8s/interactive/manifests.yaml
 
 bench: $(STAMP) ## benchmark scripts; each prints its own table
