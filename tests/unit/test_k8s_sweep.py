@@ -151,6 +151,16 @@ def test_a_line_says_how_many_run_at_once(config: Config, shape: Shape, line: st
     assert describe_trials(config, shape) == line
 
 
+def test_a_trials_batch_is_dealt_to_its_own_workers_not_to_all_gpus() -> None:
+    small = load_config(overrides=["data.shards=a", "data.global_batch_size=4", "cluster.num_workers=4"])
+    assert config_for(small, dataclasses.replace(TARGETS["sweep"], shape=GPU)).cluster.num_workers == 4
+    with pytest.raises(UserError, match="5 workers are more than the 4 lanes"):
+        config_for(
+            small.model_copy(update={"cluster": small.cluster.model_copy(update={"num_workers": 5})}),
+            dataclasses.replace(TARGETS["sweep"], shape=GPU),
+        )
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
