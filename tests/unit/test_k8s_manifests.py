@@ -333,6 +333,9 @@ def test_paths_lie_in_the_store() -> None:
     assert shipped("volume", "data.shards=a", "model.weights=w/a.pth").model.weights == "/mnt/store/w/a.pth"
     assert shipped("gpu", "data.shards=a", "model.weights=w/a.pth").model.weights == "s3://bucket/team/medtl/w/a.pth"
     assert shipped("gpu", "data.shards=a", "model.weights=random").model.weights == "random"
+    assert shipped("gpu", "data.shards=a", "model.second_weights=w/b.pth").model.second_weights.endswith(
+        "/medtl/w/b.pth"
+    )
 
 
 def test_a_doctor_stands_where_the_run_would() -> None:
