@@ -33,7 +33,7 @@ def test_a_trials_own_process_gives_ray_train_the_clocks_that_a_driver_would(
     monkeypatch.setitem(os.environ, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "7")  # the user's own stays
     config = load_config(preset="smoke", overrides=["train.collective_timeout_s=45", "cluster.num_workers=2"])
     payload = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "trial"), "gpus_per_worker": 0.0}
-    payload |= {"warm_options": {}, "num_sharing": 1}
+    payload |= {"warm_options": {}, "num_sharing": 1, "fence": None}
     assert trial_ddp.train_ddp_trial(payload, trial=None) == {"state": "finished"}
     assert seen["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "1"
     assert seen["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "45"

@@ -161,7 +161,10 @@ def test_the_command_prints_each_finding_and_its_remedy(tmp_path: Path, capsys: 
     assert run(["doctor", "--step"]) == 2
 
 
-def test_a_cluster_without_authentication_is_a_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_without_authentication_is_a_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a token of somebody's may lie
     with fake_job_server() as fake:
         fake.token = None
         assert run(["doctor", "--address", fake.address, "--code", "image"]) == 2
