@@ -1,4 +1,4 @@
-"""Training over hosts that share a disk, and are drained, lose a cable, or power where the run may shrink.
+"""Training over three hosts that lose workers, power, cables and their head: each time bit-equal to an undisturbed run.
 
 The figures of plain Ray Train were measured on such hosts with the same faults, on another day.
 """
@@ -6,15 +6,53 @@ The figures of plain Ray Train were measured on such hosts with the same faults,
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from dying_runs import assert_same_bits, assert_same_samples
 from hosts import Hosts
-from nodes import wait_for
+from nodes import Command, tree, wait_for
 from recovery import AT_STEP, Clock, host_with_a_worker
 
 pytestmark = pytest.mark.ray
+
+
+def _command_itself(run: Command) -> int:
+    """The process that nsenter started."""
+    return wait_for("the driver", lambda: next(iter(tree(run.process.pid)), None))
+
+
+def test_a_worker_then_the_driver_then_the_head_are_lost(
+    network: Hosts, options: tuple[str, ...], undisturbed: Path, tmp_path: Path, clock: Clock
+) -> None:
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options)
+    run.wait_for_step(AT_STEP)
+    (victim,) = network.workers_on(host_with_a_worker(network))
+    clock.start(run)
+    os.kill(victim, signal.SIGKILL)
+    clock.stop(run, "worker SIGKILL", "23")
+
+    run.wait_for_step(AT_STEP + 12)
+    clock.start(run)
+    os.kill(_command_itself(run), signal.SIGKILL)
+    run.process.communicate()
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
+    clock.stop(run, "driver SIGKILL, the same command again")
+
+    run.wait_for_step(AT_STEP + 24)
+    clock.start(run)
+    for host in network.hosts[:3]:  # a head takes its cluster with it: its nodes end by themselves within a minute
+        network.power_off(host)
+    run.process.communicate()
+    for number in (0, 1, 2):
+        network.power_on(network.hosts[number], cpus=min(number, 1))
+    run = network.train_on(network.hosts[0], tmp_path / "run", *options, resume=True)
+    clock.stop(run, "head lost, cluster made anew, the same command again")
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert_same_bits(undisturbed, run.run_dir)
 
 
 def test_a_node_is_drained_then_the_cable_of_another_is_cut(
