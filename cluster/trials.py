@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -110,12 +110,7 @@ def run_trials(
         reserved = reserved_for(base, num_gpus=int(ray.cluster_resources().get("GPU", 0)))
         slots = slots_on_cluster(reserved, num_workers)
         if slots < 1:
-            raise UserError(
-                f"no room for one trial: {num_workers} workers of {base.cluster.cpus_per_worker:g} CPUs"
-                f"{f' and {reserved.gpus / num_workers:g} GPUs' if reserved.gpus else ''} each, and the cluster has "
-                f"{ray.cluster_resources().get('CPU', 0):g} CPUs and {ray.cluster_resources().get('GPU', 0):g} GPUs: lower "
-                "cluster.cpus_per_worker or cluster.num_workers, or set cluster.use_gpu=false."
-            )
+            raise UserError(_no_room(base, reserved, ray.cluster_resources()))
         desk = desk_for(reserved)
         drive(
             desk,
@@ -131,6 +126,16 @@ def run_trials(
         if at_end is not None:
             at_end(desk.outcomes())
     return desk.outcomes()
+
+
+def _no_room(base: Config, reserved: Reserved, there: Mapping[str, float]) -> str:
+    num_workers = max(base.cluster.num_workers, 1)
+    gpus = f" and {reserved.gpus / num_workers:g} GPUs" if reserved.gpus else ""
+    return (
+        f"no room for one trial: {num_workers} workers of {base.cluster.cpus_per_worker:g} CPUs{gpus} each, and the cluster has "
+        f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: lower cluster.cpus_per_worker or "
+        "cluster.num_workers, or set cluster.use_gpu=false."
+    )
 
 
 def reserved_for(base: Config, *, num_gpus: int) -> Reserved:

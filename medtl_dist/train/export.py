@@ -113,7 +113,7 @@ def _safetensors(run_folder: Path) -> tuple[bytes, dict[str, Any]]:
     predictor = load_predictor(run_folder, torch.device("cpu"))
     folder = Folder.local(run_folder)
     weights, _, _ = checkpoint.load(folder, results.read_results(folder)["best_checkpoint"])
-    metadata = {"format": "pt", METADATA: json.dumps(describe_model(predictor))}
+    metadata = {METADATA: json.dumps(describe_model(predictor))}  # one key: safetensors writes several in any order
     data = safetensors.torch.save(weights, metadata)
     again = safetensors.torch.load(data)
     if set(again) != set(weights) or not all(torch.equal(again[name], weights[name]) for name in weights):

@@ -107,20 +107,21 @@ def start(config: Config, run: Run, warm: Warm | None = None) -> Session:
         warm=warm,
         prefix=prefix,
     )
-    for text in warnings:
-        session.journal.note(text)
-    if saved is None:
-        session.journal.note(network.message)
-    else:
+    if saved is not None:
         collectives.agreed(lambda: restore(session, saved))
-        session.journal.note(
-            f"resumed at epoch {session.position.epoch}, step {session.position.step}, from checkpoint {step}"
-        )
-    if network.precision.note:
-        session.journal.note(f"precision {network.precision.name}: {network.precision.note}")
+    for text in [*warnings, *_how_it_begins(session, network.message)]:
+        session.journal.note(text)
     collectives.agreed(lambda: warm.store)  # made now, where ranks still fail together
     session.cache = cache_of(session)
     return session
+
+
+def _how_it_begins(session: Session, weights: str) -> Iterator[str]:
+    position, precision = session.position, session.network.precision
+    resumed = f"resumed at epoch {position.epoch}, step {position.step}, from checkpoint {session.saved_step}"
+    yield weights if session.saved_step is None else resumed
+    if precision.note:
+        yield f"precision {precision.name}: {precision.note}"
 
 
 def check_inputs(config: Config, *, open_test: bool = False) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ import pytest
 import yaml
 from dying_runs import assert_same_bits
 from faulty_proxy import Fault, Proxy, Request
-from s3_server import SECRET_KEY, S3Server
+from s3_server import SECRET_KEY
 from shard_sets import write_set
 from stored_runs import copied
-from tiny_backbone import tiny_registered
 
 from cluster.job_files import framed, unframed
 from medtl_dist.cli.main import run
-from medtl_dist.storage import StorageOptions
-from medtl_dist.store_folder import StoreFolder, store_folder
-from medtl_dist.train import run_store
+from medtl_dist.store_folder import StoreFolder
 from medtl_dist.train.lease import held_lease
 
-pytestmark = pytest.mark.store
+pytestmark = [pytest.mark.store, pytest.mark.usefixtures("tiny_by_proxy")]
 SOURCE, TARGET = "stages/1-source", "stages/2-target"
 _CLOCK = ("seconds", "seconds_in_all")
 
@@ -40,25 +36,6 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     trains = {"source": [40, 20], "target": [36]}
     sizes = {name: {"train": train, "val": [12], "test": [12]} for name, train in trains.items()}
     return {name: write_set(place / name, splits, size=(32, 32)).folder for name, splits in sizes.items()}
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> Iterator[None]:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    monkeypatch.setattr(run_store, "LEASE_TTL_S", 3.0)
-    with tiny_registered():
-        yield
-
-
-@pytest.fixture
-def place(address: str) -> str:
-    return address.removesuffix("/set") + "/runs/first"
-
-
-@pytest.fixture
-def store(place: str, s3: S3Server) -> StoreFolder:
-    """The run folder, not by the proxy."""
-    return store_folder(place, StorageOptions(endpoint_url=s3.url))
 
 
 def _chain(sets: dict[str, str], place: Path, *, epochs: int = 2, **transfer: Any) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import put
+from conftest import assert_links, put
 from epochs import epoch_of, same, scores_of
 from gs_server import running_emulator
 from s3_server import free_ports
@@ -21,6 +21,7 @@ from medtl_dist.data.upload import staged_upload
 from medtl_dist.data.verify import verify
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.storage import Folder, StorageOptions
+from medtl_dist.store_folder import store_folder
 
 pytestmark = pytest.mark.store
 STORAGE = StorageOptions(anonymous=True, timeout_s=2.0, retries=1)
@@ -65,6 +66,10 @@ def test_a_damaged_byte_and_a_missing_shard_are_named(local: Dataset, remote: Da
     folder.delete(shard)
     with pytest.raises(DataError, match=rf"{remote.folder}/{shard} is missing"):
         epoch_of(open_dataset(remote.folder, STORAGE))
+
+
+def test_a_file_is_linked_by_a_copy() -> None:
+    assert_links(store_folder("gs://sets/linked", STORAGE))
 
 
 def test_a_set_is_put_whole_and_never_over_another(local: Dataset, tmp_path: Path) -> None:

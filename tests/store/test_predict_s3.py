@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +12,6 @@ from faulty_proxy import Fault, Proxy
 from predict_runs import config_on, pack_table, train, write_images
 from s3_server import S3Server
 from stored_runs import copied
-from tiny_backbone import tiny_registered
 
 from medtl_dist.cli.main import run as medtl
 from medtl_dist.data.shards import open_dataset
@@ -26,24 +24,12 @@ from medtl_dist.train.predict import PredictOptions, predict
 from medtl_dist.train.run_copy import scorable
 from medtl_dist.train.run_store import opened_run
 
-pytestmark = pytest.mark.store
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> Iterator[None]:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    with tiny_registered():
-        yield
+pytestmark = [pytest.mark.store, pytest.mark.usefixtures("tiny_by_proxy")]
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     return pack_table(write_images(tmp_path / "images"), tmp_path / "set")
-
-
-@pytest.fixture
-def place(address: str) -> str:
-    return address.removesuffix("/set") + "/runs/first"
 
 
 def _trained_at(place: str, shards: Path) -> None:

@@ -8,24 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import assert_links
 from dying_runs import assert_same_bits
 from faulty_proxy import Fault, Proxy, Request
-from s3_server import SECRET_KEY, S3Server
+from s3_server import SECRET_KEY
 from shard_sets import write_set
 from stored_runs import copied
-from tiny_backbone import tiny_registered
 
 from medtl_dist.cli.main import run
-from medtl_dist.storage import StorageOptions
-from medtl_dist.store_folder import StoreFolder, store_folder
-from medtl_dist.train import run_store
+from medtl_dist.store_folder import StoreFolder
 
-pytestmark = pytest.mark.store
-_TTL_S = 3.0
+pytestmark = [pytest.mark.store, pytest.mark.usefixtures("tiny_by_proxy")]
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +29,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """60 training images: 10 steps an epoch."""
     place = tmp_path_factory.mktemp("shards") / "set"
     return write_set(place, {"train": [40, 20], "val": [12], "test": [12]}, size=(32, 32)).folder
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> Iterator[None]:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    monkeypatch.setattr(run_store, "LEASE_TTL_S", _TTL_S)
-    with tiny_registered():
-        yield
-
-
-@pytest.fixture
-def place(address: str) -> str:
-    return address.removesuffix("/set") + "/runs/first"
-
-
-@pytest.fixture
-def store(place: str, s3: S3Server) -> StoreFolder:
-    """The run folder, not by the proxy."""
-    return store_folder(place, StorageOptions(endpoint_url=s3.url))
 
 
 def command(shards: str, run_dir: str | Path, *more: str) -> list[str]:
@@ -128,6 +105,10 @@ def test_sigkill_in_an_epoch_then_the_same_command_equals_an_undisturbed_run(
     assert "resumed at epoch 1, step 2, from checkpoint 12" in said
     assert_same_bits(tmp_path / "near", copied(store, tmp_path / "far"))
     assert store.names("checkpoints")[-1] == "00000020-000002"
+
+
+def test_a_file_is_linked_by_a_copy(store: StoreFolder) -> None:
+    assert_links(store)
 
 
 def test_the_stores_hiccups_do_not_change_a_run(

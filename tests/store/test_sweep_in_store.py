@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,17 +11,16 @@ import pytest
 from dying_runs import assert_same_bits, small_config
 from faulty_proxy import Fault, Proxy
 from gs_server import running_emulator
+from one_driver import drive_here
 from s3_server import S3Server
 from shard_sets import write_set
 from stored_runs import copied
-from test_trial_resume import Second, told_by
+from test_trial_resume import told_by
 from tiny_backbone import tiny_registered
 
 from cluster.sweep_folder import opened_sweep
-from cluster.sweep_mirror import Mirror, next_lease
-from cluster.trial_desk import Desk
-from cluster.trial_run import Exchange, train_trial
-from cluster.trial_state import Reserved, TrialSpec, trial_name, write_specs
+from cluster.sweep_mirror import Mirror
+from cluster.trial_state import TrialSpec, trial_name, write_specs
 from medtl_dist.cli.main import run
 from medtl_dist.config import Config
 from medtl_dist.errors import Interrupted
@@ -32,7 +29,6 @@ from medtl_dist.store_folder import StoreFolder, store_folder
 from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.sweep.summary import sweep_summary
 from medtl_dist.train import run_store
-from medtl_dist.train.warm import Warm
 
 pytestmark = pytest.mark.store
 _RATES = (0.05, 0.0001, 0.01)
@@ -58,44 +54,17 @@ class Sweep(NamedTuple):
 def sweep(
     place: str | Path, shards: str, overrides: tuple[str, ...] = (), die_at: int | None = None, heard: bool = True
 ) -> tuple[list[Outcome], object]:
-    """The loop of ``trial_workers.drive`` with one worker, here; the outcomes, and the ranking of what is in the folder.
-
-    ``die_at``: the epoch told, of all, at which the process is gone, after the driver has written it down or before.
-    """
-    run_store.LEASE_TTL_S, told = _TTL_S, 0
+    """The outcomes, and the ranking of what is in the folder; ``die_at`` and ``heard`` as in ``drive_here``."""
+    run_store.LEASE_TTL_S = _TTL_S
     config = base(shards, *overrides)
     with tiny_registered(), opened_sweep(place, config, SPACE, resume=True) as folder:
         specs = [
             TrialSpec(n, {"optim.lr": lr}, base(shards, f"optim.lr={lr}", *overrides)) for n, lr in enumerate(_RATES)
         ]
         write_specs(folder, [(spec.number, spec.overrides) for spec in specs])
-        desk = Desk(folder, specs, reserved=Reserved(1.0), stages=lambda _: (0, 5), max_failures=1, rule=Second())
-        while (trial := desk.next_for(None)) is not None:
-            exchange = Exchange()
-            desk.begun(trial.number)
-            payload = {
-                "config": trial.spec.config.model_dump(mode="json"),
-                "folder": f"{folder.url}/{trial_name(trial.number)}",
-                "fence": next_lease(folder, trial.number),
-            }
-            thread = threading.Thread(
-                target=lambda e=exchange, p=payload: e.finish(train_trial(p, e, Warm(keep_epoch_scores=True))),
-                daemon=True,
-            )
-            thread.start()
-            while (news := exchange.next())["kind"] == "epoch":
-                told += 1
-                if told == die_at and not heard:
-                    os._exit(9)
-                stop = desk.heard(trial.number, news["row"])
-                if told == die_at:
-                    os._exit(9)
-                exchange.decide(stop)
-            thread.join()
-            desk.ended(trial.number, news)
+        outcomes = drive_here(folder, specs, die_at=die_at, heard=heard)
         if isinstance(folder, Mirror):
             folder.fetch_scores()
-        outcomes = desk.outcomes()
         return outcomes, sweep_summary(folder.local_path, outcomes)["ranking"]
 
 

@@ -64,3 +64,13 @@ def rendered(name: str) -> list[dict[str, Any]]:
 def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     (found,) = [m for m in manifests if m["kind"] == kind]
     return found
+
+
+def changed_keys(shipped: dict[str, Any], laptop: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's config is another on the cluster, by dotted key."""
+    return {
+        f"{section}.{key}": value
+        for section, keys in shipped.items()
+        for key, value in keys.items()
+        if value != laptop[section][key]
+    }

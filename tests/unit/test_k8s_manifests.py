@@ -11,7 +11,7 @@ import pytest
 import yaml
 from k8s_policy import faults
 from k8s_schema import manifest_errors, needs_crds
-from k8s_targets import CONFIG, ELASTIC, IMAGE, TARGETS, of_kind, rendered
+from k8s_targets import CONFIG, ELASTIC, IMAGE, TARGETS, changed_keys, of_kind, rendered
 
 from cluster.manifests import config_for, render, to_yaml
 from cluster.placement import Store
@@ -209,13 +209,7 @@ def test_the_schemas_catch_what_an_api_server_would(break_it: Break, message: st
 def test_the_config_is_the_laptops_but_for_places_and_sizes() -> None:
     shipped = yaml.safe_load(of_kind(rendered("gpu"), "ConfigMap")["data"]["config.yaml"])
     laptop = CONFIG.model_dump(mode="json")
-    changed = {
-        f"{section}.{key}": value
-        for section, keys in shipped.items()
-        for key, value in keys.items()
-        if value != laptop[section][key]
-    }
-    assert changed == {
+    assert changed_keys(shipped, laptop) == {
         "data.shards": "s3://bucket/team/medtl/sets/xrays", "data.loader_workers": 2, "train.threads": 1,
         "cluster.num_workers": 8, "cluster.use_gpu": True, "cluster.cpus_per_worker": 3.0, "cluster.address": "auto",
     }  # fmt: skip

@@ -25,6 +25,7 @@ from k8s_targets import (
     SINGLE,
     SWEPT,
     TARGETS,
+    changed_keys,
     of_kind,
     rendered,
 )
@@ -73,13 +74,7 @@ def test_the_entrypoint_is_the_submitted_sweeps(name: str) -> None:
 def test_the_config_is_the_laptops_but_for_places_and_sizes() -> None:
     target = TARGETS["sweep-file"]
     placed, laptop = config_for(SWEPT, target).model_dump(mode="json"), SWEPT.model_dump(mode="json")
-    changed = {
-        f"{section}.{key}": value
-        for section, keys in placed.items()
-        for key, value in keys.items()
-        if value != laptop[section][key]
-    }
-    assert changed == {
+    assert changed_keys(placed, laptop) == {
         "data.shards": "/mnt/store/sets/xrays", "data.loader_workers": 2, "train.threads": 1, "cluster.use_gpu": True,
         "cluster.cpus_per_worker": 3.0, "cluster.address": "auto", "tune.space": "/etc/medtl/space.yaml",
         "tune.prefix_cache_dir": "/cache", "tune.prefix_cache_mib": 20480,

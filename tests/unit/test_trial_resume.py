@@ -4,66 +4,27 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
 from dying_runs import small_config
+from one_driver import drive_here
 from shard_sets import write_set
 from tiny_backbone import tiny_registered
 
-from cluster.trial_desk import Desk
-from cluster.trial_run import Exchange, train_trial
-from cluster.trial_state import Reserved, TrialSpec, trial_name
+from cluster.trial_state import TrialSpec, trial_name
 from medtl_dist.sweep.outcome import Outcome
-from medtl_dist.train.warm import Warm
 
 _RATES = (0.05, 0.0001, 0.01)
 
 
-class Second:
-    """Stops trial 1 after its second epoch."""
-
-    def recall(self, number: int, epochs: int, val_auc: float | None) -> None: ...
-
-    def hear(self, number: int, epochs: int, val_auc: float | None) -> str | None:
-        return "enough" if (number, epochs) == (1, 2) else None
-
-
 def sweep(folder: str, shards: str, die_at: int | None = None, heard: bool = True) -> list[Outcome]:
-    """The loop of ``trial_workers.drive`` with one worker, here. ``die_at``: the epoch told, of all, at which the process
-    is gone, as by SIGKILL: after the driver has written it down, or before."""
-    told = 0
     with tiny_registered():
         specs = [
             TrialSpec(number, {"optim.lr": lr}, small_config(shards, f"optim.lr={lr}", "train.epochs=3"))
             for number, lr in enumerate(_RATES)
         ]
-        desk = Desk(Path(folder), specs, reserved=Reserved(1.0), stages=lambda _: (0, 5), max_failures=1, rule=Second())
-        while (trial := desk.next_for(None)) is not None:
-            exchange = Exchange()
-            payload = {
-                "config": trial.spec.config.model_dump(mode="json"),
-                "folder": str(Path(folder) / trial_name(trial.number)),
-            }
-            desk.begun(trial.number)
-            thread = threading.Thread(
-                target=lambda e=exchange, p=payload: e.finish(train_trial(p, e, Warm(keep_epoch_scores=True))),
-                daemon=True,
-            )
-            thread.start()
-            while (news := exchange.next())["kind"] == "epoch":
-                told += 1
-                if told == die_at and not heard:
-                    os._exit(9)
-                stop = desk.heard(trial.number, news["row"])
-                if told == die_at:
-                    os._exit(9)
-                exchange.decide(stop)
-            thread.join()
-            desk.ended(trial.number, news)
-        return desk.outcomes()
+        return drive_here(Path(folder), specs, die_at=die_at, heard=heard)
 
 
 def told_by(outcomes: list[Outcome]) -> list[Any]:
