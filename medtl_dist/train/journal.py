@@ -34,6 +34,7 @@ class Journal:
         self._last_progress = 0.0
         self._writer: SummaryWriter | None = None
         self._outbox: Outbox | None = None
+        self._followed = not one_of_many
         self._mlflow: MlflowLog | None = None
         if self._folder is not None:
             if isinstance(self._folder, StoreFolder):
@@ -45,8 +46,8 @@ class Journal:
             self._writer = SummaryWriter(str(self._folder.local_path / "events"), purge_step=first_step or None)
 
     def note(self, text: str) -> None:
-        """A sentence the user should read."""
-        self._append({"kind": "note", "text": text})
+        """A sentence the user should read, and reads in a store at once: what a run waits for, or goes on from."""
+        self._append({"kind": "note", "text": text}, urgent=self._followed)
 
     def epoch(self, row: Mapping[str, Any], *, step: int) -> None:
         """An epoch's row of the history."""
@@ -83,17 +84,17 @@ class Journal:
             self._outbox.close()
             self._outbox = None
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any], *, urgent: bool = False) -> None:
         if self._folder is None:
             return
         stamped = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | dict(row)
         with contextlib.suppress(OSError), (self._folder.local_path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(stamped) + "\n")
-        self._carry("log.jsonl")
+        self._carry("log.jsonl", urgent=urgent)
 
-    def _carry(self, name: str) -> None:
+    def _carry(self, name: str, *, urgent: bool = False) -> None:
         """Have a file, or the files of a folder, put to the store where the run folder lies in one."""
         if self._outbox is not None:
             place = self._outbox.here / name
             for path in place.iterdir() if place.is_dir() else [place]:
-                self._outbox.changed(str(path.relative_to(self._outbox.here)))
+                self._outbox.changed(str(path.relative_to(self._outbox.here)), urgent=urgent)

@@ -15,6 +15,7 @@ from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.store_folder import StoreFolder
 
 _LAST_ROUND_S = 60.0
+_APART_S = 0.5  # of two rounds, however much is urgent
 
 
 class Outbox:
@@ -25,7 +26,7 @@ class Outbox:
         self.here = Path(tempfile.mkdtemp(prefix="medtl-journal-"))
         self._folder, self._every_s = folder.once(), every_s
         self._pending: dict[str, None] = {}
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock, self._ended, self._urgent = threading.Lock(), threading.Event(), threading.Event()
         for name in kept:
             try:
                 (self.here / name).write_bytes(folder.read(name))
@@ -34,19 +35,25 @@ class Outbox:
         self._thread = threading.Thread(target=self._carry, daemon=True, name="medtl-outbox")
         self._thread.start()
 
-    def changed(self, name: str) -> None:
+    def changed(self, name: str, *, urgent: bool = False) -> None:
+        """``urgent``: it is carried now, with all else that has changed."""
         with self._lock:
             self._pending[name] = None
+        if urgent:
+            self._urgent.set()
 
     def close(self) -> None:
         """One last round, of a minute at most."""
         self._ended.set()
+        self._urgent.set()
         self._thread.join(_LAST_ROUND_S)
         shutil.rmtree(self.here, ignore_errors=True)
 
     def _carry(self) -> None:
         while True:
-            last = self._ended.wait(self._every_s)
+            self._urgent.wait(self._every_s)
+            self._urgent.clear()
+            last = self._ended.is_set()
             with self._lock:
                 names, self._pending = list(self._pending), {}
             for name in names:
@@ -56,3 +63,4 @@ class Outbox:
                     self.changed(name)
             if last:
                 return
+            self._ended.wait(_APART_S)

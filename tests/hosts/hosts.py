@@ -184,6 +184,13 @@ class Hosts(Machine):
         ours = set(tree(host.node.pid)) if host.node is not None else set()
         return [pid for pid in self.workers() if pid in ours]
 
+    def driver(self) -> int:
+        """The one process on the head that a submitted job is: its entrypoint, whose shell and supervisor live on."""
+        assert self.hosts[0].node is not None
+        found = [pid for pid in tree(self.hosts[0].node.pid) if _is_entrypoint(pid)]
+        assert len(found) == 1, found
+        return found[0]
+
     def close(self) -> None:
         for host in self.hosts:
             self.power_off(host)
@@ -192,6 +199,13 @@ class Hosts(Machine):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         with contextlib.suppress(OSError):
             _RAY_FOLDER.rmdir()
+
+
+def _is_entrypoint(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return words[1:3] == [b"-m", b"medtl_dist.cli.job_entry"]
+    return False
 
 
 @contextlib.contextmanager

@@ -34,6 +34,13 @@ class Clock:
         """Just before the fault."""
         self.since, self.before = time.time(), len(_resumed(run.log()))
 
+    def lose_a_node(self, network: Hosts, run: Command, fault: str, plain: str = "-") -> None:
+        """A host with a worker loses power, host 3 is switched on, and the run goes on."""
+        self.start(run)
+        network.power_off(host_with_a_worker(network))
+        network.power_on(network.hosts[3], cpus=1)
+        self.stop(run, fault, plain)
+
     def stop(self, run: Command, fault: str, plain: str = "-") -> None:
         """Waits for the run to say that it goes on. ``plain``: what the same cost plain Ray Train."""
         said = wait_for("resumption", lambda: _resumed(run.log())[self.before :] or None, 200, run.look_every_s)[0]

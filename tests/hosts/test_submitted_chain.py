@@ -11,7 +11,7 @@ import torch
 from dying_runs import assert_same_bits
 from hosts import Hosts
 from ranks import run_ranks
-from recovery import AT_STEP, Clock, host_with_a_worker
+from recovery import AT_STEP, Clock
 from stored_runs import copied
 from submitted import Outside
 
@@ -41,10 +41,7 @@ def test_a_chain_whose_node_loses_power_in_stage_2_trains_the_weights_of_one_hos
     whole = run.folder
     run.folder = whole.part("stages/2-target")
     run.wait_for_step(AT_STEP, 200)
-    clock.start(run)
-    network.power_off(host_with_a_worker(network))
-    network.power_on(network.hosts[3], cpus=1)
-    clock.stop(run, "node power loss in stage 2 of a chain; all storage S3")
+    clock.lose_a_node(network, run, "node power loss in stage 2 of a chain; all storage S3")
     code, errors = run.finish()
     assert code == 0, errors
     assert json.loads((tmp_path / "out" / "chain.json").read_text()) == json.loads(whole.read("chain.json"))

@@ -11,7 +11,7 @@ from dying_runs import assert_same_bits
 from hosts import Hosts
 from nodes import wait_for
 from ranks import run_ranks
-from recovery import AT_STEP, Clock, host_with_a_worker
+from recovery import AT_STEP, Clock
 from stored_runs import copied
 from submitted import Outside
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.ray
 _RATES = (0.002, 0.004)
 
 
+@pytest.mark.long
 def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
     network: Hosts, options: tuple[str, ...], tmp_path: Path, clock: Clock
 ) -> None:
@@ -40,10 +41,7 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
     arguments = ["tune", "--preset", "smoke", "--space", str(space), "--sweep-dir", str(sweep), *settings]
     run = network.medtl_on(network.hosts[0], sweep / "trials" / "00000", *arguments)
     run.wait_for_step(AT_STEP)
-    clock.start(run)
-    network.power_off(host_with_a_worker(network))
-    network.power_on(network.hosts[3], cpus=1)
-    clock.stop(run, "a sweep's node without power, replaced")
+    clock.lose_a_node(network, run, "a sweep's node without power, replaced")
     code, errors = run.finish()
     assert code == 0, errors
     found = json.loads((sweep / "sweep.json").read_text())
@@ -59,7 +57,6 @@ def test_a_sweep_of_two_rank_trials_lives_through_a_lost_node(
         assert_same_bits(folder, trial)
 
 
-@pytest.mark.long
 def test_a_submitted_sweep_in_a_store_lives_through_a_lost_node(
     network: Hosts, outside: Outside, fixed: tuple[str, ...], local_set: Path, tmp_path: Path, clock: Clock
 ) -> None:
@@ -68,10 +65,7 @@ def test_a_submitted_sweep_in_a_store_lives_through_a_lost_node(
     given = (*fixed, "train.epochs=2", "tune.searcher=grid", "tune.scheduler=none")
     run = outside.tune("swept", tmp_path / "out", given, "--space", str(space))
     run.wait_for_step(AT_STEP, 200)
-    clock.start(run)
-    network.power_off(host_with_a_worker(network))
-    network.power_on(network.hosts[3], cpus=1)
-    clock.stop(run, "a sweep's node without power, replaced; all storage S3")
+    clock.lose_a_node(network, run, "a sweep's node without power, replaced; all storage S3")
     code, errors = run.finish()
     assert code == 0, errors
     wait_for("the end of the trials' workers", lambda: not network.workers())
