@@ -46,11 +46,11 @@ FAULTS ?= tests/faults
 test-faults: $(STAMP) ## processes killed, nodes lost, disks full, on a local Ray cluster of several nodes; needs root for the full disk
 	$(BIN)/python -m pytest $(FAULTS)
 
-test-hosts: $(STAMP) ## hosts of their own (network, process and mount namespaces) that lose power; needs root and iproute2
+test-hosts: $(STAMP) ## runs submitted to hosts of their own (namespaces) that lose power, all storage S3; needs root and iproute2
 	$(BIN)/python tests/hosts/probe.py
 	$(BIN)/python -m pytest tests/hosts -m "not long"
 
-test-hosts-long: $(STAMP) ## a chain and a sweep submitted to such hosts, all storage S3; needs root and iproute2
+test-hosts-long: $(STAMP) ## a chain on such hosts, and a sweep on a disk that they share; needs root and iproute2
 	$(BIN)/python tests/hosts/probe.py
 	$(BIN)/python -m pytest tests/hosts -m long
 

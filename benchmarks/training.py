@@ -8,8 +8,8 @@ PyTorch step on one batch that lies in memory, with our flags (precision, memory
 the row's own process before and after each round, since machines drift: ``share`` is the median of a round's speed over that of
 the bare steps around it. ``ours`` is ``fit``: reading and decoding shards, checksums, augmentation, loss reductions, progress; an
 epoch's steps, without its evaluation, which has a row of its own. ``plain`` is a DataLoader with PIL over the same images as
-files, SGD, PyTorch's defaults; Lightning the same with its Trainer. ``--ray`` adds the start-up of a run on Ray Train, trivial
-and ours.
+files, SGD, PyTorch's defaults; Lightning the same with its Trainer. ``--ray`` adds the start-up of a run on Ray Train: of workers
+that only report, of workers that take one step, and ours.
 """
 
 from __future__ import annotations
@@ -305,20 +305,36 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
 }
 
 
-START_UP = {
-    "Ray Train, 2 workers that report once": None,
-    "ours in one process, 16 small images": 0,
+_RAY = """
+import os
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+def nothing():
+    ray.train.report({"loss": 0.0})
+def one_epoch():
+    import torch, torchvision
+    model = prepare_model(torchvision.models.get_model("resnet18", weights=None, num_classes=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    loss = torch.nn.functional.cross_entropy(model(torch.zeros(4, 3, 32, 32)), torch.arange(4) % 2)
+    loss.backward()
+    optimizer.step()
+    ray.train.report({"loss": loss.item()})
+TorchTrainer(FUNCTION, scaling_config=ScalingConfig(num_workers=2)).fit()
+"""
+
+# How many workers of ours, or what they do in a plain script.
+START_UP: dict[str, int | str] = {
+    "Ray Train, 2 workers that report once": "nothing",
+    "Ray Train, 2 workers, one step, no data": "one_epoch",
     "ours, 2 workers, 16 small images": 2,
+    "ours in one process, 16 small images": 0,
 }
 
 
 def ray_start_up(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of runs whose training is next to nothing, Ray's own start included; by turns, ``args.rounds`` times."""
-    trivial = (
-        "import os; os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); import ray;"
-        "from ray.train import ScalingConfig; from ray.train.torch import TorchTrainer;"
-        "TorchTrainer(lambda: ray.train.report({'loss': 0.0}), scaling_config=ScalingConfig(num_workers=2)).fit()"
-    )
     tiny = write_demo_images(args.work / "tiny-images", num_patients=16, seed=0, image_size_px=32)
     pack(tiny, args.work / "tiny", PackOptions(columns=Columns(group=("patient_id",)), fractions=(0.5, 0.5, 0)))
     settings = ["model.backbone=resnet18", "model.weights=random", "data.image_size_px=32", "data.global_batch_size=8"]
@@ -326,11 +342,12 @@ def ray_start_up(args: argparse.Namespace) -> dict[str, list[float]]:
     medtl = [sys.executable, "-c", "from medtl_dist.cli.main import main; main()", "train"]
     found: dict[str, list[float]] = {}
     for number in range(args.rounds):
-        for name, workers in START_UP.items():
-            command = [sys.executable, "-c", trivial]
-            if workers is not None:
-                overrides = [word for text in [*settings, f"cluster.num_workers={workers}"] for word in ("--set", text)]
-                command = [*medtl, "--run-dir", str(args.work / f"run-{number}-{workers}"), *overrides]
+        for name, what in START_UP.items():
+            if isinstance(what, str):
+                command = [sys.executable, "-c", _RAY.replace("FUNCTION", what)]
+            else:
+                overrides = [word for text in [*settings, f"cluster.num_workers={what}"] for word in ("--set", text)]
+                command = [*medtl, "--run-dir", str(args.work / f"run-{number}-{what}"), *overrides]
             found.setdefault(name, []).append(seconds(command))
     return found
 
@@ -371,7 +388,9 @@ def main() -> None:
             f"{args.backbone}, {args.px} px, batch {BATCH}, {available_cpus()} cores, {precision.name} {precision.note or ''}"
         )
         print(f"{'':38}{'images/s':>9}{'bare':>7}{'share':>7}   of each round")
-        for row in args.rows.split(";") if args.rows else ROWS:
+        for row in args.rows.split(";") if args.rows is not None else ROWS:
+            if not row:  # --rows "" --ray: the start-up alone
+                continue
             if row.startswith("Lightning") and not args.peers:
                 continue
             command = [sys.executable, __file__, "--row", row, "--work", folder, "--backbone", args.backbone]
