@@ -7,8 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from fake_store import Stores, stores_in
 
+from medtl_dist.config import load_config
+from medtl_dist.run import LocalRun
+from medtl_dist.train import outbox as outbox_module
+from medtl_dist.train.journal import Journal
 from medtl_dist.train.outbox import Outbox
 
 URL = "s3://bucket/runs/one"
@@ -47,13 +52,29 @@ def test_what_is_urgent_takes_with_it_what_can_wait(stores: Stores) -> None:
     assert not outbox.here.exists()
 
 
-def test_many_urgent_words_at_once_are_few_requests(stores: Stores) -> None:
+def test_many_urgent_words_are_few_requests(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "_APART_S", _NEVER_S)
     outbox = Outbox(stores.folder(URL), every_s=_NEVER_S)
-    for number in range(200):
+    for number in range(40):
         _say(outbox, "log.jsonl", f"{number}\n", urgent=True)
+        time.sleep(0.002)
     outbox.close()
-    assert (stores.path(URL) / "log.jsonl").read_text().splitlines() == [str(number) for number in range(200)]
-    assert len(stores.puts) <= 3
+    assert (stores.path(URL) / "log.jsonl").read_text().splitlines() == [str(number) for number in range(40)]
+    assert len(stores.puts) <= 2  # the first, and the last round
+
+
+@pytest.mark.parametrize("one_of_many", [False, True])
+def test_a_runs_notes_are_urgent_and_those_of_one_of_many_are_not(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, one_of_many: bool
+) -> None:
+    urgent: list[tuple[str, bool]] = []
+    monkeypatch.setattr(Outbox, "changed", lambda self, name, *, urgent=False, to=urgent: to.append((name, urgent)))
+    run = LocalRun(stores.folder(URL), torch.device("cpu"))
+    journal = Journal(run, load_config(preset="smoke"), one_of_many=one_of_many)
+    journal.note("resumed")
+    journal.epoch({"epoch": 1}, step=1)
+    journal.close()
+    assert [row for row in urgent if row[0] == "log.jsonl"] == [("log.jsonl", not one_of_many), ("log.jsonl", False)]
 
 
 def test_a_log_that_the_store_holds_grows_and_what_could_not_be_put_comes_later(stores: Stores) -> None:
