@@ -12,8 +12,8 @@ from medtl_dist.config import Config, stages_of
 from medtl_dist.data.plan import check_world_size
 from medtl_dist.errors import UserError
 
-# Two activations of 64 channels in fp32 at the input's own size, as VGG's first layers have them; other networks have less.
-SCORED_BYTES_PER_PX = 2 * 64 * 4
+# Beside the weights, to score a batch in fp32 on a CPU; measured at 224 px, 32 images: 804 for VGG16, 285 for ResNet101.
+SCORED_BYTES_PER_PX = 1024
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def test_the_largest_stage_decides_wherever_it_stands() -> None:
 
 def test_the_driver_of_a_comparison_has_room_to_score_the_source() -> None:
     head = job_of(rendered("compare"))["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    # 32 images of 1024² px at 512 B beside the driver's 8 GiB; the CPUs of a rank.
-    assert head["resources"]["limits"] == {"cpu": "3", "memory": "24Gi"}
+    # 32 images of 1024² px at 1 KiB beside the driver's 8 GiB; the CPUs of a rank.
+    assert head["resources"]["limits"] == {"cpu": "3", "memory": "40Gi"}
     head = job_of(rendered("chain"))["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert head["resources"]["limits"] == {"cpu": "2", "memory": "8Gi"}
     assert with_driver(CHAINED, CHAIN).head == HEAD
