@@ -167,6 +167,7 @@ def test_a_stage_that_uses_up_the_wholes_hours_tells_the_wholes_numbers(whole: S
         budget.limit(two, 3.0, whole=whole)
     with pytest.raises(TrainingError, match=r"stopped: 3\.01 of 1\.5 GPU hours are used"):
         budget.limit(two, 1.5, whole=whole)  # less than the other has used
+    assert budget.read(two) == {"max_gpu_hours": 1.0, "gpu_hours": 1.01}  # nothing below zero
     budget.limit(two, 3.5, whole=whole)
     assert budget.read(two) == {"max_gpu_hours": 1.5, "gpu_hours": 1.01}
     budget.limit(two, None, whole=whole)
