@@ -6,18 +6,21 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.sizing import GPU_IMAGES_PER_S, Tree
-from medtl_dist.config import FROM_STAGE, Config, validate
+from cluster.trainings import trainings_of
+from medtl_dist.config import FROM_STAGE, Config, check_reached_alike, validate
 from medtl_dist.errors import UserError
 from medtl_dist.storage import parse_place
 
 KINDS = ("train", "tune", "crossval")
 FOLDER_OPTION = {"train": "--run-dir", "tune": "--sweep-dir", "crossval": "--run-dir"}
 CONFIG_FILE, SPACE_FILE = "config.yaml", "space.yaml"
+_CALLED = {"tune": "sweep", "crossval": "cross-validation"}
 EVALUATION_COST = 1 / 3  # of an image scored, in images trained: forward only
 _NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,45}[a-z0-9])?")
 
@@ -131,9 +134,20 @@ def planned(
             f"--store {root}: a cross-validation deals its folds into folders of a disk; name one that every node of the cluster "
             "mounts."
         )
+    if config.transfer.stages and kind != "train":
+        raise UserError(
+            f"submit {kind} with transfer.stages: that is a chain of trainings, and a {_CALLED[kind]} is of single ones; submit "
+            "train runs the chain."
+        )
+    if config.transfer.stages and parse_place(root).remote:
+        check_reached_alike(config)
     tree = config.model_dump(mode="json")
-    if config.data.shards is None and not config.transfer.stages:
-        raise UserError("data.shards is not set: name the shard set, a URL, or a path relative to --store.")
+    for one in trainings_of(config):
+        if one.config.data.shards is None:
+            raise UserError(
+                f"{f'stage {one.name}: ' if one.name else ''}data.shards is not set: name the shard set, a URL, or a path "
+                "relative to --store."
+            )
     for part in (tree, *tree["transfer"]["stages"]):
         _place(part, root)
     tree["cluster"]["address"] = "auto"  # the cluster that runs the job, never a new one beside it
@@ -164,20 +178,34 @@ def _placed(key: str, path: str, root: str) -> str:
 
 
 def estimate(
-    config: Config, counts: dict[str, int] | None, *, images_per_s: float = GPU_IMAGES_PER_S, trials: int = 1
+    config: Config,
+    count: Callable[[Config], dict[str, int] | None],
+    *,
+    images_per_s: float = GPU_IMAGES_PER_S,
+    trials: int = 1,
 ) -> Tree:
-    """GPU hours if every epoch runs: images trained and scored over the speed of one GPU. A GPU per rank; start-up not counted.
+    """GPU hours if every epoch of every training runs: images trained and scored over the speed of one GPU. A GPU per rank;
+    start-up not counted. Of a chain or comparison ``trainings`` are told one by one.
 
-    ``counts``: images of each split, None where the set can't be read from here. Raises UserError for a speed that is none.
+    ``count``: images of each split of a training's set, None where it can't be read from here. Raises UserError for a speed
+    that is none.
     """
     if not 0 < images_per_s < 1e9:
         raise UserError(f"--images-per-s {images_per_s:g}: expected a positive number of images per second of one GPU.")
-    facts: Tree = {"images_per_s_per_gpu": images_per_s, "epochs": config.train.epochs, "trials_at_most": trials}
-    if counts is None:
-        return facts | {"gpu_hours_at_most": None}
-    images = counts.get("train", 0) + EVALUATION_COST * counts.get("val", 0)
-    hours = trials * config.train.epochs * images / images_per_s / 3600
-    return facts | {"images": counts, "gpu_hours_at_most": round(hours, 4)}
+    facts: Tree = {"images_per_s_per_gpu": images_per_s, "trials_at_most": trials}
+    rows: list[Tree] = []
+    for one in trainings_of(config):
+        counts, epochs = count(one.config), one.config.train.epochs
+        row: Tree = {"epochs": epochs} | ({} if counts is None else {"images": counts})
+        images = None if counts is None else counts.get("train", 0) + EVALUATION_COST * counts.get("val", 0)
+        hours = None if images is None else trials * one.times * epochs * images / images_per_s / 3600
+        rows.append(row | {"gpu_hours_at_most": None if hours is None else round(hours, 4)})
+        if one.name:
+            rows[-1] |= {"name": one.name, "times": one.times}
+    if not config.transfer.stages:
+        return facts | rows[0]
+    known = [row["gpu_hours_at_most"] for row in rows]
+    return facts | {"trainings": rows, "gpu_hours_at_most": None if None in known else round(sum(known), 4)}
 
 
 def described(submission: Submission, *, address: str, code: str, hours: Tree) -> Tree:

@@ -23,7 +23,7 @@ from cluster.placement import (
     checked_words,
 )
 from cluster.pods import CONFIG_FOLDER, RUN_LABEL, PodNeeds, autoscaler_options, head_pod, submitter_pod, worker_pod
-from cluster.sizing import OBJECT_STORE_BYTES, Resources, Shape, Tree
+from cluster.sizing import OBJECT_STORE_BYTES, Shape, Tree
 from cluster.sweep_pods import (
     ShippedSpace,
     check_weights,
@@ -34,13 +34,12 @@ from cluster.sweep_pods import (
     tune_section,
     workers_of_trial,
 )
-from medtl_dist.config import Config
-from medtl_dist.data.plan import check_world_size
+from cluster.trainings import check_ranks, placed_stages
+from medtl_dist.config import Config, check_reached_alike
 from medtl_dist.errors import UserError
 
 JOB, SWEEP, CLUSTER, DOCTOR = "train", "tune", "cluster", "doctor"
 DOCTOR_DEADLINE_S = 3600  # nodes may have to be made, and pull the image, before it begins
-HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
 _ADDRESS = re.compile(r"(https?)://[A-Za-z0-9.-]+(?::([0-9]{1,5}))?(?:/|$)")
 _GKE_IDENTITY = "iam.gke.io/gcp-service-account"
 
@@ -122,6 +121,9 @@ def render(config: Config, target: Target, *, open_test: bool = False, with_conf
     """
     if open_test and target.kind != JOB:
         raise UserError(f"--test with --kind {target.kind}: only a training scores the test split; leave --test out.")
+    if config.transfer.stages and target.kind in (SWEEP, DOCTOR):
+        what = "a sweep runs" if target.kind == SWEEP else "a doctor looks at the set of"
+        raise UserError(f"--kind {target.kind} with transfer.stages: {what} single trainings; name a stage's config.")
     account, policy = service_account(target), network_policy(target, ports=_ports(config, target.space))
     if target.kind == CLUSTER:
         return [account, policy, ray_cluster(target)]
@@ -146,11 +148,6 @@ def config_for(config: Config, target: Target) -> Config:
     shape, store = target.shape, target.store
     if store is None:
         raise UserError("--store is missing: it holds shard sets and run folders.")
-    if config.transfer.stages:
-        raise UserError(
-            "transfer.stages: paths of the stages can't be placed in the store yet; render each stage as a run of its own, "
-            "with model.weights naming the checkpoint of the one before."
-        )
     for key, text in _strings(config.model_dump(mode="json")):
         if not text.isprintable():  # line separators among them, which YAML's versions read differently
             raise UserError(f"{key} = {text!r}: expected printable characters only.")
@@ -159,18 +156,24 @@ def config_for(config: Config, target: Target) -> Config:
                 f"{key} holds a URL with a login or a query: a ConfigMap is no place for secrets. Give the plain URL, and the "
                 "credentials by --identity or --credentials-secret."
             )
-    batch, limit = config.data.global_batch_size, config.data.lanes
-    lanes = max(n for n in range(1, min(limit, batch) + 1) if batch % n == 0)
+    if not store.mounted:
+        check_reached_alike(config)
     space = target.space
-    check_world_size(lanes, shape.ranks if space is None else workers_of_trial(config), batch)
+    check_ranks(config, shape.ranks if space is None else workers_of_trial(config))
     rank = shape.rank
-    data: dict[str, Any] = {"shards": store.place("data.shards", config.data.shards)}
+    data: dict[str, Any] = {}
+    if (
+        config.data.shards is not None or not config.transfer.stages
+    ):  # a chain's stages may each name a set of their own
+        data["shards"] = store.place("data.shards", config.data.shards)
     if config.data.loader_workers is None:
         data["loader_workers"] = rank.loaders
+    weights = ("weights", "second_weights")
     changes: dict[str, dict[str, Any]] = {
         "data": data,
         "train": {} if config.train.threads else {"threads": rank.cpus - rank.loaders},
-        "model": {key: store.place_weights(getattr(config.model, key)) for key in ("weights", "second_weights")},
+        "model": {key: store.place_weights(getattr(config.model, key), f"model.{key}") for key in weights},
+        "transfer": {"stages": placed_stages(config, store, rank)},
         "cluster": {
             "num_workers": shape.ranks,
             "use_gpu": shape.gpu,
@@ -315,7 +318,7 @@ def _cluster_spec(target: Target, *, config_map: str | None, extra_cache_gib: in
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", **start},  # no rank lands on the head
             "serviceType": "ClusterIP",
-            "template": head_pod(needs, HEAD, api_access=shape.elastic, config_map=config_map),
+            "template": head_pod(needs, shape.head, api_access=shape.elastic, config_map=config_map),
         },
         "workerGroupSpecs": [
             {

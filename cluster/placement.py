@@ -144,8 +144,8 @@ class Store:
             )
         return path if inside else self.at(str(pure))
 
-    def place_weights(self, weights: str) -> str:
-        """``model.weights`` or ``second_weights``; a file lies in the store, or at an address. Raises UserError."""
+    def place_weights(self, weights: str, key: str) -> str:
+        """The value of ``model.weights`` or ``second_weights``; a file lies in the store, or at an address. Raises UserError."""
         if not weights.endswith((".pth", ".pt", ".safetensors")):
-            return weights  # imagenet, random
-        return self.place("model.weights", weights)
+            return weights  # imagenet, random, another stage's
+        return self.place(key, weights)

@@ -42,6 +42,9 @@ class Resources:
         return {"limits": dict(amounts), "requests": dict(amounts)}
 
 
+HEAD = Resources(cpus=2, memory_gib=8)  # the driver imports torch; training itself runs on the workers
+
+
 @dataclass(frozen=True)
 class RankSize:
     """What one rank needs: ``cpus`` (loaders included), ``loaders`` (decoding processes), ``memory_gib`` without /dev/shm."""
@@ -86,6 +89,7 @@ class Shape:
     """How many pods, and what is in each: ``ranks_per_pod`` ranks of ``rank``'s size, each with a GPU if ``gpu``.
 
     ``min_pods`` < ``pods``: the autoscaler may go down to it and comes back up. ``ranks_per_gpu``: trials that share a GPU.
+    ``head``: the pod of the driver.
     """
 
     pods: int
@@ -94,6 +98,7 @@ class Shape:
     gpu: bool
     min_pods: int
     ranks_per_gpu: int = 1
+    head: Resources = HEAD
 
     @property
     def ranks(self) -> int:

@@ -155,7 +155,7 @@ def check_weights(space: Space, store: Store) -> None:
     """Whether pods can see the weights that the space names. Raises UserError for files of this machine."""
     for key in ("model.weights", "model.second_weights"):
         for weights in _drawn(space, key):
-            placed = store.place_weights(weights)
+            placed = store.place_weights(weights, key)
             if placed != weights:
                 raise UserError(
                     f"--space: {key} = {weights!r}: trials read the space as it is; give the address, {placed}."

@@ -191,7 +191,8 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         run = RayRun(folder, payload["attempt"])
         if run.rank == 0:
             notices.mark_begun(run.attempt)
-        fit(config, budgeted(run), open_test=payload["open_test"])
+        with budgeted(run) as limited:
+            fit(config, limited, open_test=payload["open_test"])
     except MedtlError as error:
         return {"error": type(error).__name__, "message": error.message, "why": int(run.why) if run else 0}
     return {"error": "", "message": "", "why": 0}

@@ -18,7 +18,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError, model_validator
 
-from medtl_dist.errors import ConfigError
+from medtl_dist.errors import ConfigError, UserError
 from medtl_dist.sections import Augment, Data, Evaluate, Model, Optim, Schedule, Section, Train, Transfer
 from medtl_dist.sections_cluster import Cluster, Tune
 
@@ -158,6 +158,21 @@ def _check_origin(stage: Stage, before: list[Stage], where: str) -> None:
                 f"{where}: model.{key} = {backbone} can't start from stage {origin.name}, which is a {name}: give the same "
                 f"backbone, or model.{weights_key} (imagenet, random, a file, stage:NAME)."
             )
+
+
+def check_reached_alike(config: Config) -> None:
+    """Whether a chain's run folder can lie in a store: a stage's workers write there by the stage's own config.
+
+    Raises UserError where that leads elsewhere.
+    """
+    for stage in stages_of(config):
+        for key in ("endpoint_url", "ca_bundle"):
+            whole, own = getattr(config.data, key), getattr(stage.config.data, key)
+            if own != whole:
+                raise UserError(
+                    f"stage {stage.name}: data.{key} = {_masked(own)}, and the run folder is reached with {_masked(whole)}: in a "
+                    f"store all stages' sets and the run folder are reached alike; give data.{key} once, for the whole config."
+                )
 
 
 def _counting(tree: dict[str, Any]) -> dict[str, Any]:
@@ -314,6 +329,9 @@ def _explain(fault: Any) -> tuple[str, str]:
     if len(path) < 2:
         return f"{path[0]}: " if path else "", message
     field = Config.model_fields[path[0]].annotation.model_fields[path[1]]  # type: ignore[union-attr]
-    # What is refused may be an address with a password in it.
-    shown = re.sub(r"//[^/@'\"]*@", "//…@", repr(fault["input"]))
-    return f"{'.'.join(path[:2])} = {shown} ({field.description}) Expected ", message
+    return f"{'.'.join(path[:2])} = {_masked(repr(fault['input']))} ({field.description}) Expected ", message
+
+
+def _masked(value: Any) -> str:
+    """What is refused may be an address with a password in it."""
+    return re.sub(r"//[^/@'\"]*@", "//…@", str(value))

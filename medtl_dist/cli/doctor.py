@@ -54,6 +54,8 @@ def doctor(
     """
     asked = preset is not None or config is not None or bool(overrides)
     resolved = load_config(preset=preset, file=config, overrides=overrides or []) if asked else None
+    if resolved is not None and resolved.transfer.stages:
+        raise UserError("transfer.stages: doctor looks at one set and trains one step: give it a stage's config.")
     if resolved is not None and resolved.data.shards is None:
         raise UserError("data.shards is not set: give the set to look at with --set data.shards=…")
     if step and resolved is None:

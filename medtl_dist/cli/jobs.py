@@ -61,7 +61,7 @@ def train(
     overrides: Overrides = None,
     test: Test = False, token_file: TokenFile = None, ca_bundle: CaBundle = None, code: Code = "wheel", wheel: Wheel = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(help="Stop at a checkpoint after so many GPU hours, resumed attempts included.")
+        float | None, typer.Option(help="Stop at a checkpoint after so many GPU hours, over all stages and resumed attempts.")
     ] = None,
     images_per_s: Speed = GPU_IMAGES_PER_S, wait: Wait = True, out: Out = None, dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -270,12 +270,12 @@ def _submit(
 
     make = wheel_of(code, wheel)
     if dry_run:
-        hours = estimate(submission.config, _counts(submission.config), images_per_s=images_per_s, trials=trials)
+        hours = estimate(submission.config, _counts, images_per_s=images_per_s, trials=trials)
         shipped = "in the image" if code == "image" else f"wheel {wheel}" if wheel else "wheel, built from the sources"
         facts = described(submission, address=where.address, code=shipped, hours=hours)
         typer.echo(json.dumps(facts, indent=1))
         if hours["gpu_hours_at_most"] is None:
-            typer.echo("note: the set can't be read from here, so its GPU hours are unknown.", err=True)
+            typer.echo("note: a set can't be read from here, so the GPU hours are unknown.", err=True)
         return
     server = connect(where)
     placed = submit(server, submission, make)

@@ -106,8 +106,9 @@ def render(
     from cluster.manifests import SWEEP, Target, to_yaml
     from cluster.manifests import render as manifests_of
     from cluster.placement import Store
-    from cluster.sizing import cpu_shape, gpu_shape
+    from cluster.sizing import cpu_shape
     from cluster.sweep_pods import describe_trials, read_space, trial_shape
+    from cluster.trainings import training_shape, with_driver
 
     if claim is not None and store is None:
         raise UserError(f"--claim {claim} without --store: say where it is mounted, for example --store /mnt/store.")
@@ -129,12 +130,11 @@ def render(
     elif shipped is not None:
         shape = trial_shape(resolved, shipped.space, **amounts)
     else:
-        data = resolved.data
-        shape = gpu_shape(**amounts, global_batch_size=data.global_batch_size, image_size_px=data.image_size_px)
+        shape = training_shape(resolved, **amounts)
     target = Target(
         name=name,
         image=image,
-        shape=shape,
+        shape=with_driver(shape, resolved),
         store=None if store is None else Store(store.rstrip("/"), claim),
         kind=kind,
         space=shipped,

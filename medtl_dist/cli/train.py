@@ -41,7 +41,7 @@ def train(
     ] = False,
     max_gpu_hours: Annotated[
         float | None,
-        typer.Option(help="Stop at a checkpoint after so many hours × ranks, attempts before it included."),
+        typer.Option(help="Stop at a checkpoint after so many hours × ranks, over all attempts and stages."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,10 +84,8 @@ def run_train(
     place = parse_place(run_dir)
     run_dir = place.url if place.remote else Path(place.url)
     folder_at(run_dir, storage_of(config))  # without: Amazon would be asked about the bucket, in vain for minutes
-    if config.transfer.stages and max_gpu_hours is not None:
-        raise UserError("--max-gpu-hours with transfer.stages: give each training of a chain a limit of its own.")
     if config.transfer.stages:
-        return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json)
+        return _run_chain(config, run_dir, resume=resume, test=test, as_json=as_json, max_gpu_hours=max_gpu_hours)
     check_inputs(config, open_test=test)  # a mistake is told at once, not after a cluster has started
     outcome, report_path, done = run_one(config, run_dir, resume=resume, test=test, max_gpu_hours=max_gpu_hours)
     if as_json:
@@ -110,9 +108,9 @@ def run_one(
 
 
 def _run_in(
-    config: Config, place: Folder, *, test: bool, max_gpu_hours: float | None = None
+    config: Config, place: Folder, *, test: bool, max_gpu_hours: float | None = None, whole: Folder | None = None
 ) -> tuple[dict[str, Any], str, bool]:
-    """As ``run_one``, in a run folder that is open."""
+    """As ``run_one``, in a run folder that is open. ``whole``: that of the chain which the training and the limit belong to."""
     from medtl_dist.cli.follow import following
     from medtl_dist.report.build import build_report_in
     from medtl_dist.train import budget, results
@@ -123,12 +121,12 @@ def _run_in(
         check_same_data(config, results.read_results(place), place.url)
         done = not test or "test" in results.read_results(place)["splits"]
     if not done:
-        budget.limit(place, max_gpu_hours)
+        budget.limit(place, max_gpu_hours, whole=whole)
         with following(place):
             try:
                 _train_somewhere(config, place, test=test)
             except Interrupted:
-                budget.raise_if_used_up(place)
+                budget.raise_if_used_up(place, whole=whole)
                 raise
     report_path = build_report_in(place)
     return results.read_results(place), report_path, done
@@ -138,34 +136,38 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _run_chain(config: Config, run_dir: Path | str, *, resume: bool, test: bool, as_json: bool) -> dict[str, Any]:
+def _run_chain(
+    config: Config, run_dir: Path | str, *, resume: bool, test: bool, as_json: bool, max_gpu_hours: float | None = None
+) -> dict[str, Any]:
     """A chain of trainings: each an ordinary run in a folder of its own below ``run_dir``."""
     from medtl_dist.storage import is_remote
+    from medtl_dist.train import budget
     from medtl_dist.train.chain import CHAIN_FILE, check_chain, train_chain
     from medtl_dist.train.compare import COMPARE_FILE, compare_transfer, describe
     from medtl_dist.train.run_store import opened_part, opened_run
 
     def train_one(stage: Config, folder: Folder, open_test: bool) -> dict[str, Any]:
         with opened_part(folder, stage) as place:
-            outcome, report_path, done = _run_in(stage, place, test=open_test)
+            outcome, report_path, done = _run_in(stage, place, test=open_test, max_gpu_hours=max_gpu_hours, whole=whole)
         if done:
             _say(f"{folder.url} had already finished.")
         if not as_json:
             print_outcome(outcome, report_path)
         return outcome
 
+    budget.check(max_gpu_hours)
     check_chain(config, in_store=is_remote(run_dir), open_test=test)
-    with opened_run(run_dir, config, resume=resume, say=_say) as folder:
+    with opened_run(run_dir, config, resume=resume, say=_say) as whole:
         train = compare_transfer if config.transfer.compare else train_chain
-        outcome = train(config, folder, train_one, say=_say, open_test=test)
+        outcome = train(config, whole, train_one, say=_say, open_test=test)
     if as_json:
         typer.echo(json.dumps(outcome))
     elif config.transfer.compare:
         for line in describe(outcome):
             typer.echo(line)
-        typer.echo(f"comparison {folder.url}/{COMPARE_FILE}")
+        typer.echo(f"comparison {whole.url}/{COMPARE_FILE}")
     else:
-        typer.echo(f"chain {folder.url}/{CHAIN_FILE}")
+        typer.echo(f"chain {whole.url}/{CHAIN_FILE}")
     return outcome
 
 
@@ -182,7 +184,8 @@ def _train_somewhere(config: Config, place: Folder, *, test: bool) -> None:
     run = LocalRun(place)
     run.stop_on_signals()
     try:
-        fit(config, budgeted(run), open_test=test)
+        with budgeted(run) as limited:
+            fit(config, limited, open_test=test)
     except Interrupted as error:
         if run.received == signal.SIGINT:
             typer.echo(error.message, err=True)

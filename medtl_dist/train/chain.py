@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from medtl_dist.config import FROM_STAGE, Config, Stage, stages_of
-from medtl_dist.errors import UserError
+from medtl_dist.config import FROM_STAGE, Config, Stage, check_reached_alike, stages_of
 from medtl_dist.run import Folder
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.setup import open_shards
@@ -35,21 +34,10 @@ def check_chain(config: Config, *, in_store: bool = False, open_test: bool = Fal
     ``in_store``: the run folder lies in one. Raises UserError or DataError.
     """
     stages = stages_of(config)
-    for stage in stages if in_store else []:
-        _check_reached_alike(config, stage)
+    if in_store:
+        check_reached_alike(config)
     for stage in stages:
         check_inputs(stage.config, open_test=open_test and stage is stages[-1])
-
-
-def _check_reached_alike(config: Config, stage: Stage) -> None:
-    """A stage's workers write to the store by the stage's own config. Raises UserError where that leads elsewhere."""
-    for key in ("endpoint_url", "ca_bundle"):
-        whole, own = getattr(config.data, key), getattr(stage.config.data, key)
-        if own != whole:
-            raise UserError(
-                f"stage {stage.name}: data.{key} = {own}, and the run folder is reached with {whole}: in a store all stages' "
-                f"sets and the run folder are reached alike; give data.{key} once, for the whole config."
-            )
 
 
 def train_chain(

@@ -22,7 +22,7 @@ from medtl_dist.train.budget import BUDGET_FILE
 from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
 from medtl_dist.train.run_folder import ENSEMBLE_FILE, of_single, opened_run_folder, parts_in, read_config, whole_of
 from medtl_dist.train.setup import storage_of
-from medtl_dist.train.status import status_of
+from medtl_dist.train.status import over_all, status_of
 
 LEASE_TTL_S = 60.0
 _IGNORED = (".lease", ".ray", "config.yaml")
@@ -156,8 +156,10 @@ def _status_in(folder: StoreFolder) -> dict[str, Any]:
         found = status_of(here)
     news = [folder.info(name).mtime for name in ("log.jsonl", "progress.json")]
     times = [moment.timestamp() for moment in news if moment is not None]
+    parts = [_status_in(folder.part(name)) for name in parts_in(folder)]
     return found | {
         "seconds_since_news": max(0.0, time.time() - max(times)) if times else None,
         "checkpoints": checkpoint.steps(folder),
-        "parts": [_status_in(folder.part(name)) for name in parts_in(folder)],
+        "parts": parts,
+        "budget": over_all(found["budget"], parts),
     }

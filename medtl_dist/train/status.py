@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def status_of(run_folder: Path) -> dict[str, Any]:
     --resume`` goes on). ``parts``: the same of each training of a chain.
     ``progress``: the last known step, null where there is none. ``epochs``: the finished ones, as logged;
     one that was run again after a lost process counts once, the last time. ``budget``: the GPU hours used and their limit
-    (null: none now), noted every few seconds; null where the run never had a limit. ``notes``: the last five.
+    (null: none now), noted every few seconds; of a chain over all its trainings, each of which has what the others leave it; null
+    where the run never had a limit. ``notes``: the last five.
 
     Raises UserError where the folder holds no run.
     """
@@ -51,17 +54,26 @@ def status_of(run_folder: Path) -> dict[str, Any]:
         account = budget.read(Folder.local(run_folder))
     held = _held(run_folder / ".lock")
     finished = (run_folder / "results.json").is_file() or chain_finished(run_folder)
+    parts = [status_of(part) for part in parts_of(run_folder)]
     return {
         "run": run_folder.name,
         "state": "running" if held else "finished" if finished else "stopped",
         "seconds_since_news": _age_s(run_folder),
-        "parts": [status_of(part) for part in parts_of(run_folder)],
+        "parts": parts,
         "progress": progress,
         "epochs": [epochs[number] for number in sorted(epochs)],
-        "budget": account,
+        "budget": over_all(account, parts),
         "checkpoints": sorted(int(p.name) for p in (run_folder / "checkpoints").glob("*") if p.name.isdigit()),
         "notes": [line["text"] for line in lines if line.get("kind") == "note"][-5:],
     }
+
+
+def over_all(account: Mapping[str, Any] | None, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A run's account, of a chain with what its trainings have used by now."""
+    if account is None:
+        return None
+    used = [part["budget"]["gpu_hours"] for part in parts if part["budget"] is not None]
+    return dict(account) | ({"gpu_hours": math.fsum(used)} if used else {})
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:

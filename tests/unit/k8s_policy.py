@@ -197,10 +197,17 @@ def _doctor_faults(spec: Tree, words: list[str]) -> Iterator[str]:
 def _config_faults(config: Tree) -> Iterator[str]:
     if config.get("cluster", {}).get("address") != "auto":
         yield "without cluster.address the driver may start a Ray of its own on the head"
-    if not re.match(r"(s3|gs)://|/mnt/", config["data"]["shards"]):
-        yield "pods can't see data.shards"
-    if config.get("train", {}).get("threads") is None or config["data"].get("loader_workers") is None:
-        yield "threads would follow the node's CPUs, not the pod's"
+    for stage in config.get("transfer", {}).get("stages") or [
+        {}
+    ]:  # each trains the whole config with its own keys in it
+        data, model, train = (config.get(key, {}) | stage.get(key, {}) for key in ("data", "model", "train"))
+        if not re.match(r"(s3|gs)://|/mnt/", data.get("shards") or ""):
+            yield "pods can't see data.shards"
+        for key in ("weights", "second_weights"):
+            if re.search(r"\.(pth|pt|safetensors)$", model.get(key, "")) and not re.match(r"\w+://|/mnt/", model[key]):
+                yield f"pods can't see model.{key}"
+        if train.get("threads") is None or data.get("loader_workers") is None:
+            yield "threads would follow the node's CPUs, not the pod's"
 
 
 def _rank_faults(config: Tree, groups: list[Tree]) -> Iterator[str]:

@@ -11,7 +11,8 @@ from cluster.manifests import Target, render, to_yaml
 from cluster.placement import Store
 from cluster.sizing import cpu_shape, gpu_shape
 from cluster.sweep_pods import ShippedSpace, read_space, trial_shape
-from medtl_dist.config import load_config
+from cluster.trainings import training_shape, with_driver
+from medtl_dist.config import Config, load_config
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, the same rules
 IMAGE = "registry.example.org:5000/team/medtl:1.0@sha256:" + "0123456789abcdef" * 4
@@ -29,6 +30,23 @@ FILE = ShippedSpace(
     (Path(__file__).parents[2] / "tune_spaces/head_only.yaml").read_text(encoding="utf-8"),
     read_space("head_only", CONFIG).space,
 )
+_STAGES = """[
+  {name: source, data: {shards: sets/source, global_batch_size: 512, image_size_px: 1024}, model: {weights: w/a.pth}},
+  {name: shared, data: {shards: "s3://other/shared", loader_workers: 4}, train: {threads: null}},
+  {name: target, data: {loader_workers: null}, train: {threads: 2, epochs: 3}},
+]"""
+
+
+def chained(stages: str = _STAGES, *overrides: str) -> Config:
+    """A chain of the same network as CONFIG's, which names its last stage's set."""
+    return load_config(
+        preset="resnet101", overrides=["data.shards=sets/xrays", f"transfer.stages={stages}", *overrides]
+    )
+
+
+CHAIN = chained()
+COMPARED = chained(_STAGES, "transfer.compare=true", "transfer.seeds=[3, 4]")
+CHAINED = training_shape(CHAIN, gpus=8, gpus_per_worker=4, min_gpus=None)
 SINGLE = trial_shape(CONFIG, NAMED.space, gpus=4, gpus_per_worker=1, min_gpus=None)
 SHARED = trial_shape(HALVED, NAMED.space, gpus=2, gpus_per_worker=2, min_gpus=0)
 
@@ -51,10 +69,15 @@ TARGETS = {
     "sweep-file": Target("a" * 47, IMAGE, GPU, PVC, kind="tune", space=FILE, queue="q"),
     "sweep-shared": Target("sweep-1", IMAGE, SHARED, S3, kind="tune", space=FILE, credentials_secret="s3-login"),
     "sweep-cpu": Target("sweep-1", IMAGE, CPU, Store("gs://bucket"), kind="tune", space=NAMED),
+    "chain": Target("chain-1", IMAGE, CHAINED, S3),
+    "chain-cpu": Target("a" * 47, IMAGE, CPU, PVC, queue="q"),
+    "compare": Target("chain-1", IMAGE, with_driver(CHAINED, COMPARED), PVC, credentials_secret="s3-login"),
     "cluster": Target("a" * 53, IMAGE, ELASTIC, kind="cluster"),
     "cluster-kueue": Target("notebook", IMAGE, CPU, PVC, kind="cluster", queue="q"),
 }
-CONFIGS = {"sweep-file": SWEPT, "sweep-shared": HALVED}  # of the others CONFIG
+CONFIGS = {  # of the others CONFIG
+    "sweep-file": SWEPT, "sweep-shared": HALVED, "chain": CHAIN, "chain-cpu": CHAIN, "compare": COMPARED,
+}  # fmt: skip
 
 
 def rendered(name: str) -> list[dict[str, Any]]:

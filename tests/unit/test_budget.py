@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ from medtl_dist.train import budget
 def test_without_a_limit_the_run_is_itself(tmp_path: Path) -> None:
     local = LocalRun(Folder.local(tmp_path))
     budget.limit(local.folder, None)
-    assert budget.budgeted(local) is local
+    with budget.budgeted(local) as same:
+        assert same is local
     assert list(tmp_path.iterdir()) == []
 
 
@@ -27,31 +29,52 @@ def test_a_rank_counts_as_one_gpu_and_attempts_add_up(tmp_path: Path, monkeypatc
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     folder = Folder.local(tmp_path)
     budget.limit(folder, 2.0)
-    first = budget.budgeted(LocalRun(folder, world_size=4))
-    assert isinstance(first, Run)
+    lost = budget.budgeted(LocalRun(folder, world_size=4)).__enter__()
+    assert isinstance(lost, Run)
     now[0] += 900  # a quarter of an hour on four ranks
-    assert first.poll() is Signal.GO_ON
+    assert lost.poll() is Signal.GO_ON
     assert budget.read(folder) == {"max_gpu_hours": 2.0, "gpu_hours": pytest.approx(1.0)}
     budget.limit(folder, 2.0)  # the driver was lost and starts again
-    second = budget.budgeted(LocalRun(folder, world_size=2))
-    now[0] += 1799
-    assert second.poll() is Signal.GO_ON
-    now[0] += 1
-    assert second.poll() is Signal.CHECKPOINT_AND_STOP
+    with budget.budgeted(LocalRun(folder, world_size=2)) as second:
+        now[0] += 1799
+        assert second.poll() is Signal.GO_ON
+        now[0] += 1
+        assert second.poll() is Signal.CHECKPOINT_AND_STOP
     with pytest.raises(TrainingError, match="2 of 2 GPU hours"):
         budget.raise_if_used_up(folder)
     with pytest.raises(TrainingError):
         budget.limit(folder, 2.0)
     budget.limit(folder, 3.0)
-    assert budget.budgeted(LocalRun(folder)).poll() is Signal.GO_ON
+    with budget.budgeted(LocalRun(folder)) as third:
+        assert third.poll() is Signal.GO_ON
+
+
+def test_what_was_used_after_the_last_poll_counts_and_so_does_a_time_without_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    folder = Folder.local(tmp_path)
+    budget.limit(folder, 9.0)
+    failing = contextlib.suppress(KeyError)
+    with failing, budget.budgeted(LocalRun(folder, world_size=2)) as limited:
+        limited.poll()
+        now[0] += 1800  # the end's evaluation, say
+        raise KeyError
+    assert budget.read(folder) == {"max_gpu_hours": 9.0, "gpu_hours": pytest.approx(1.0)}
+    budget.limit(folder, None)
+    with budget.budgeted(LocalRun(folder)) as unlimited:
+        now[0] += 99 * 3600
+        assert unlimited.poll() is Signal.GO_ON
+    assert budget.read(folder) == {"max_gpu_hours": None, "gpu_hours": pytest.approx(100.0)}
 
 
 def test_a_runs_own_stop_is_kept(tmp_path: Path) -> None:
     local = LocalRun(Folder.local(tmp_path))
     budget.limit(local.folder, 100.0)
-    limited = budget.budgeted(local)
-    local.received = 15
-    assert limited.poll() is Signal.CHECKPOINT_AND_STOP
+    with budget.budgeted(local) as limited:
+        local.received = 15
+        assert limited.poll() is Signal.CHECKPOINT_AND_STOP
     budget.raise_if_used_up(local.folder)  # not by the budget
 
 

@@ -162,11 +162,66 @@ def test_a_set_that_the_cluster_can_not_see_is_refused(shards: str) -> None:
 
 def test_the_estimate_is_images_over_speed() -> None:
     config = _config("train.epochs=10")
-    found = estimate(config, {"train": 3_000_000, "val": 600_000}, images_per_s=1000.0, trials=3)
+    found = estimate(config, lambda _: {"train": 3_000_000, "val": 600_000}, images_per_s=1000.0, trials=3)
     assert found["gpu_hours_at_most"] == pytest.approx(3 * 10 * (3_000_000 + 200_000) / 1000 / 3600, abs=1e-4)
-    assert estimate(config, None)["gpu_hours_at_most"] is None
+    assert (found["epochs"], found["trials_at_most"], found["images"]["val"]) == (10, 3, 600_000)
+    unknown = estimate(config, lambda _: None)
+    assert unknown == {
+        "images_per_s_per_gpu": 1200.0, "trials_at_most": 1, "epochs": 10, "gpu_hours_at_most": None,
+    }  # fmt: skip
     with pytest.raises(UserError, match="images-per-s"):
-        estimate(config, None, images_per_s=0.0)
+        estimate(config, lambda _: None, images_per_s=0.0)
+
+
+_STAGES = "transfer.stages=[{name: a, data: {shards: sets/a}, train: {epochs: 3}}, {name: b, train: {epochs: 10}}]"
+
+
+def test_the_estimate_of_a_chain_or_comparison_is_of_all_its_trainings() -> None:
+    images = {"sets/a": {"train": 3_000_000}, "sets/x": {"train": 600_000, "val": 300_000}}
+
+    def hours(*overrides: str) -> dict[str, Any]:
+        config = _config(_STAGES, *overrides)
+        return estimate(config, lambda one: images.get(one.data.shards or ""), images_per_s=1000.0)
+
+    a, b = 3 * 3_000_000 / 1000 / 3600, 10 * 700_000 / 1000 / 3600
+    chain = hours()
+    assert chain["gpu_hours_at_most"] == pytest.approx(a + b, abs=1e-3)
+    assert [(row["name"], row["times"], row["epochs"]) for row in chain["trainings"]] == [("a", 1, 3), ("b", 1, 10)]
+    assert [row["gpu_hours_at_most"] for row in chain["trainings"]] == pytest.approx([a, b], abs=1e-3)
+    compared = hours("transfer.compare=true", "transfer.seeds=[1, 2, 3]")
+    assert compared["gpu_hours_at_most"] == pytest.approx(3 * (a + 2 * b), abs=1e-3)
+    assert [row["name"] for row in compared["trainings"]] == ["a", "b", "b alone"]
+    del images["sets/a"]
+    unknown = hours()
+    assert unknown["gpu_hours_at_most"] is None
+    assert unknown["trainings"][1]["gpu_hours_at_most"] == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "store", "overrides", "message"),
+    [
+        ("tune", "/mnt/store", [_STAGES], "submit tune with transfer.stages: that is a chain of trainings, and a sweep"),
+        ("crossval", "/mnt/store", [_STAGES], "submit crossval with transfer.stages: that is a chain of trainings, and a cross"),
+        ("train", "/mnt/store", ["transfer.stages=[{name: a}, {name: b, data: {shards: null}}]"], "stage b: data.shards is not"),
+        (
+            "train", "s3://bucket/p", ["transfer.stages=[{name: a}, {name: b, data: {endpoint_url: 'http://k:s@e'}}]"],
+            "stage b: data.endpoint_url = http://…@e, and the run folder is reached with None",
+        ),
+    ],
+)  # fmt: skip
+def test_a_chain_that_can_not_run_there_is_refused_here(
+    kind: str, store: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(kind, _config(*overrides), name="r", store=store)
+    assert message in caught.value.message
+
+
+def test_stages_may_each_name_a_set_and_the_whole_none() -> None:
+    own = [{"name": name, "data": {"shards": f"sets/{name}"}} for name in ("a", "b")]
+    submission = planned("train", validate({"transfer": {"stages": own}}), name="r", store="/mnt/s")
+    stages = submission.config.transfer.stages
+    assert [stage["data"]["shards"] for stage in stages] == ["/mnt/s/sets/a", "/mnt/s/sets/b"]
 
 
 # --- the server and its token
@@ -515,6 +570,24 @@ def test_a_dry_run_prints_the_plan_with_the_stores_set_counted_and_asks_no_clust
     assert shlex.split(facts["entrypoint"])[-2:] == ["--max-gpu-hours", "2"]
     assert facts["estimate"]["images"] == {"train": 20, "val": 5}
     assert TOKEN not in printed
+    assert fake.requests == []
+
+
+def test_a_dry_run_of_a_chain_counts_every_stages_set(
+    fake: FakeJobs, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "sets" / "x", {"train": [11, 9], "val": [5]})
+    write_set(tmp_path / "sets" / "a", {"train": [30], "val": [6]})
+    given = ["submit", "train", "--preset", "smoke", "--set", "data.shards=sets/x", "--set", _STAGES, "--name", "run-1"]
+    given += ["--store", str(tmp_path), "--address", fake.address, "--token-file", str(token_file)]
+    assert run([*given, "--dry-run", "--max-gpu-hours", "2", "--images-per-s", "0.01"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert shlex.split(facts["entrypoint"])[-2:] == ["--max-gpu-hours", "2"]
+    assert [row["images"] for row in facts["estimate"]["trainings"]] == [
+        {"train": 30, "val": 6},
+        {"train": 20, "val": 5},
+    ]
+    assert facts["estimate"]["gpu_hours_at_most"] == pytest.approx((3 * 32 + 10 * (20 + 5 / 3)) / 36, abs=1e-3)
     assert fake.requests == []
 
 

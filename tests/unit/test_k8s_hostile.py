@@ -11,12 +11,11 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from k8s_targets import CONFIG, FILE, GPU, IMAGE, LOADER, TARGETS, of_kind
+from k8s_targets import CONFIG, FILE, GPU, IMAGE, LOADER, of_kind
 
 from cluster.manifests import Target, config_for, doctor_command, render, to_yaml, train_command
 from cluster.placement import Store, checked_words
 from cluster.sweep_pods import tune_command
-from medtl_dist.config import load_config
 from medtl_dist.errors import UserError
 
 HOSTILE = st.text(max_size=40) | st.sampled_from(
@@ -166,9 +165,3 @@ def test_a_word_is_accepted_exactly_where_a_shell_needs_no_quotes() -> None:
     assert not is_accepted("")
     with pytest.raises(UserError, match="would be part of a command line"):
         checked_words(["medtl", "$(HOME)"])
-
-
-def test_a_chain_is_refused_until_its_stages_can_be_placed() -> None:
-    config = load_config(overrides=["data.shards=sets/a", "transfer.stages=[{name: a}, {name: b}]"])
-    with pytest.raises(UserError, match=r"transfer\.stages: paths of the stages can't be placed"):
-        config_for(config, TARGETS["gpu"])

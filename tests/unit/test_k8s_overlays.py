@@ -14,12 +14,14 @@ import yaml
 from k8s_kustomize import apply_step, build
 from k8s_policy import faults
 from k8s_schema import manifest_errors, needs_crds
+from k8s_targets import CHAIN, COMPARED
 from shard_sets import write_set
 from typer.testing import CliRunner
 
 from cluster.manifests import Target, config_for, render, to_yaml
 from cluster.placement import Store
 from cluster.sizing import Shape, cpu_shape, gpu_shape
+from cluster.trainings import training_shape
 from medtl_dist.cli.main import app
 from medtl_dist.config import Config, load_config, parse_yaml, validate
 
@@ -105,6 +107,12 @@ def test_an_overlays_command_runs(name: str, tmp_path: Path) -> None:
 def test_a_renderings_command_runs(tmp_path: Path) -> None:
     config = load_config(preset="resnet101", overrides=["data.shards=sets/x"])
     target = Target("xrays-1", IMAGE, gpus(), S3)
+    assert_entrypoint_runs(list(yaml.safe_load_all(to_yaml(render(config, target, open_test=True)))), tmp_path)
+
+
+@pytest.mark.parametrize("config", [CHAIN, COMPARED], ids=["chain", "comparison"])
+def test_a_chains_command_runs(config: Config, tmp_path: Path) -> None:
+    target = Target("chain-1", IMAGE, training_shape(config, gpus=8, gpus_per_worker=4, min_gpus=None), S3)
     assert_entrypoint_runs(list(yaml.safe_load_all(to_yaml(render(config, target, open_test=True)))), tmp_path)
 
 

@@ -12,14 +12,14 @@ from store_on_disk import stored_in
 from cluster import train as ray_train
 from medtl_dist import store_folder
 from medtl_dist.config import load_config, validate
-from medtl_dist.errors import Interrupted, UserError
+from medtl_dist.errors import Interrupted, TrainingError, UserError
 from medtl_dist.storage import Folder, StorageOptions
 from medtl_dist.store_folder import StoreFolder
-from medtl_dist.train import ledger
+from medtl_dist.train import budget, ledger
 from medtl_dist.train.chain import check_chain
 from medtl_dist.train.lease import fenced
 from medtl_dist.train.run_folder import above, parts_in, parts_of, whole_of
-from medtl_dist.train.run_store import opened_run
+from medtl_dist.train.run_store import opened_run, status_in
 
 WHOLE = "s3://bucket/runs/chain"
 STAGES = [{"name": "a"}, {"name": "b"}]
@@ -119,7 +119,7 @@ def test_a_worker_is_told_whose_lease_it_writes_under(whole: StoreFolder, monkey
     monkeypatch.setattr(ray_train, "connected", lambda config: contextlib.nullcontext())
     monkeypatch.setattr(ray_train, "check_shared", lambda *given: None)
     monkeypatch.setattr(ray_train, "_use_gpu", lambda config: False)
-    monkeypatch.setattr(ray_train, "budgeted", lambda run: run)
+    monkeypatch.setattr(ray_train, "budgeted", contextlib.nullcontext)
     monkeypatch.setattr(ray_train, "fit", lambda *given, **named: None)
     monkeypatch.setattr(ray_train, "folder_at", store_folder.store_folder)
     ray_train.train_on_ray(load_config(), fenced(whole, 1).part("stages/2-b"))
@@ -140,6 +140,48 @@ def test_a_stages_openings_lie_beside_the_whole(whole: StoreFolder, tmp_path: Pa
         counted = ledger.record_opening_in_store(whole.part(name), dataset_sha256="set", config_sha256=config)
     assert counted == {"count": 2, "configurations": 2}
     assert ledger.count_openings_in_store(whole, "set") == counted
+
+
+def test_a_limit_of_gpu_hours_is_the_wholes(whole: StoreFolder) -> None:
+    one, two = (fenced(whole, 1).part(name) for name in ("stages/1-a", "stages/2-b"))
+    budget.limit(one, 3.0, whole=fenced(whole, 1))
+    one.write("budget.json", b'{"max_gpu_hours": 3.0, "gpu_hours": 1.25}')
+    budget.limit(two, 3.0, whole=fenced(whole, 1))
+    assert [budget.read(place) for place in (whole, one, two)] == [
+        {"max_gpu_hours": 3.0, "gpu_hours": 1.25},
+        {"max_gpu_hours": 3.0, "gpu_hours": 1.25},
+        {"max_gpu_hours": 1.75, "gpu_hours": 0.0},
+    ]
+    two.write("budget.json", b'{"max_gpu_hours": 1.75, "gpu_hours": 0.5}')
+    assert status_in(whole)["budget"] == {"max_gpu_hours": 3.0, "gpu_hours": 1.75}  # while it goes on
+
+
+def test_a_stage_that_uses_up_the_wholes_hours_tells_the_wholes_numbers(whole: StoreFolder) -> None:
+    one, two = (whole.part(name) for name in ("stages/1-a", "stages/2-b"))
+    one.write("budget.json", b'{"max_gpu_hours": 3.0, "gpu_hours": 2.0}')
+    budget.limit(two, 3.0, whole=whole)
+    two.write("budget.json", b'{"max_gpu_hours": 1.0, "gpu_hours": 1.01}')
+    with pytest.raises(TrainingError, match=r"stopped: 3\.01 of 3 GPU hours are used"):
+        budget.raise_if_used_up(two, whole=whole)
+    with pytest.raises(TrainingError, match=r"stopped: 3\.01 of 3 GPU hours are used"):
+        budget.limit(two, 3.0, whole=whole)
+    with pytest.raises(TrainingError, match=r"stopped: 3\.01 of 1\.5 GPU hours are used"):
+        budget.limit(two, 1.5, whole=whole)  # less than the other has used
+    assert budget.read(two) == {"max_gpu_hours": 1.0, "gpu_hours": 1.01}  # nothing below zero
+    budget.limit(two, 3.5, whole=whole)
+    assert budget.read(two) == {"max_gpu_hours": 1.5, "gpu_hours": 1.01}
+    budget.limit(two, None, whole=whole)
+    assert budget.read(two) == {"max_gpu_hours": None, "gpu_hours": 1.01}
+    assert budget.read(whole) == {"max_gpu_hours": None, "gpu_hours": 3.01}
+
+
+def test_a_whole_that_never_had_a_limit_has_no_account(whole: StoreFolder) -> None:
+    one, two = (whole.part(name) for name in ("stages/1-a", "stages/2-b"))
+    budget.limit(one, None, whole=whole)
+    assert [budget.read(place) for place in (whole, one)] == [None, None]
+    budget.limit(one, 1.0, whole=whole)
+    budget.limit(two, None, whole=whole)  # the sum goes on, in case that there is a limit again
+    assert budget.read(two) == {"max_gpu_hours": None, "gpu_hours": 0.0}
 
 
 @pytest.mark.parametrize("key", ["endpoint_url", "ca_bundle"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medtl_dist.cli.main import run
 from medtl_dist.config import Config, differing_keys, parse_yaml, stages_of, validate
 from medtl_dist.errors import ConfigError
 
@@ -93,3 +95,29 @@ def test_the_identity_of_a_chain_is_what_decides_its_numbers() -> None:
     assert differing_keys(base, moved) == []
     assert other.sha256() != base.sha256()
     assert len(differing_keys(base, other)) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["crossval", "--run-dir"],
+            "transfer.stages: a chain can't be cross-validated yet; give the config of one training.",
+        ),
+        (
+            ["tune", "--space", "smoke", "--sweep-dir"],
+            "a sweep runs single trainings, and transfer.stages is a chain of them",
+        ),
+        (
+            ["doctor", "--store"],
+            "transfer.stages: doctor looks at one set and trains one step: give it a stage's config.",
+        ),
+    ],
+)
+def test_what_is_made_of_single_trainings_refuses_a_chain_before_it_begins(
+    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = ["--set", "data.shards=nowhere", "--set", "transfer.stages=[{name: a}, {name: b}]"]
+    assert run([*command, str(tmp_path / "new"), *chain]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
