@@ -83,10 +83,8 @@ def run_crossval(
     """Cross-validate in ``run_dir`` (see ``train.crossval.Settings``), write the page, print the outcome and return it."""
     from medtl_dist.cli.train import run_in, with_absolute_paths
     from medtl_dist.report.crossval_page import build_crossval_page_in
-    from medtl_dist.store_folder import folder_at
     from medtl_dist.train.crossval import check_crossval, cross_validate, one_after_another
     from medtl_dist.train.run_store import opened_fold, opened_run
-    from medtl_dist.train.setup import storage_of
 
     def say(text: str) -> None:
         typer.echo(text, err=True)
@@ -96,7 +94,6 @@ def run_crossval(
             return run_in(fold, place, test=False)  # a split test is never opened
 
     config = with_absolute_paths(config)
-    folder_at(run_dir, storage_of(config))  # what can't be a run folder is told first
     check_crossval(config, settings)
     with opened_run(run_dir, config, resume=resume, say=say) as folder:
         if parallel:
