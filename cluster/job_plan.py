@@ -75,6 +75,8 @@ class Submission:
         words += [self.kind, "--config", CONFIG_FILE, FOLDER_OPTION[self.kind], self.run_folder, "--resume"]
         if self.space is not None or self.space_text is not None:
             words += ["--space", self.space if self.space_text is None else SPACE_FILE]  # type: ignore[list-item]
+        if self.kind == "crossval":
+            words.append("--parallel")  # one after another they would be trained by this job's driver, on the head
         if self.max_gpu_hours is not None:
             words += ["--max-gpu-hours", f"{self.max_gpu_hours:g}"]
         return words + (["--test"] if self.test else [])
@@ -129,11 +131,6 @@ def planned(
     if max_gpu_hours is not None and not 0 < max_gpu_hours < 1e6:
         raise UserError(f"--max-gpu-hours {max_gpu_hours:g}: expected a positive number of hours.")
     root = checked_store(store)
-    if kind == "crossval" and parse_place(root).remote:
-        raise UserError(
-            f"--store {root}: a cross-validation deals its folds into folders of a disk; name one that every node of the cluster "
-            "mounts."
-        )
     if config.transfer.stages and kind != "train":
         raise UserError(
             f"submit {kind} with transfer.stages: that is a chain of trainings, and a {_CALLED[kind]} is of single ones; submit "

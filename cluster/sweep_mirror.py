@@ -20,7 +20,7 @@ from medtl_dist.errors import DataError, MedtlError
 from medtl_dist.storage import Folder
 from medtl_dist.store_folder import StoreFolder
 from medtl_dist.train import checkpoint, run_store
-from medtl_dist.train.lease import LEASES, FolderShelf, hand_out
+from medtl_dist.train.lease import LEASES
 
 # What a driver's decisions come from, and what a sweep's result is made of.
 _STATE = ("config.yaml", "space.yaml", "trials.json", "searcher.json")
@@ -59,9 +59,9 @@ class Mirror(Folder):
         self._fetch(f"{trial_name(number)}/{name}" for number in self._numbers() for name in _STATE_OF_TRIAL)
         for file in sorted(self.local_path.glob("trials/*/trial.json")):
             if _state_in(file) == "running":
-                number = int(file.parent.name)
-                self.hand_out(number)
-                self._fetch_log(number)
+                name = f"trials/{file.parent.name}"
+                self.hand_out(name)
+                self._fetch_log(name)
 
     def fetch_scores(self) -> None:
         """Read the trials' results and val scores. Raises as ``fetch_state``."""
@@ -73,26 +73,22 @@ class Mirror(Folder):
         for name in names:
             self.store.write(name, (self.local_path / name).read_bytes())
 
-    def hand_out(self, number: int) -> int:
-        """A lease on the trial's folder for its next worker; whoever wrote there before can write no more."""
-        assert self.store.fence is not None
-        if self.store.guard is not None:
-            self.store.guard(now=True)
-        shelf = FolderShelf(self.store.below(f"{trial_name(number)}/{LEASES}"))
-        return hand_out(shelf, self.store.fence, owner=run_store.owner_here(), ttl_s=run_store.LEASE_TTL_S)
+    def hand_out(self, name: str) -> int:
+        """A lease on a trial's folder for its next worker; whoever wrote there before can write no more."""
+        return run_store.lease_on(self.store.part(name))
 
-    def signs(self, number: int) -> Signs | None:
+    def signs(self, name: str) -> Signs | None:
         """As ``trial_state.signs_of``; None where the store can't be asked just now."""
-        trial = self.store.below(trial_name(number)).once()
+        trial = self.store.below(name).once()
         telling = re.compile(re.escape(f"{trial.path}/") + rf"({re.escape(LEASES)}/\d+|log\.jsonl|progress\.json)")
         with contextlib.suppress(MedtlError):
             found = [info for info in trial.files() if telling.fullmatch(info.path)]
             return tuple((info.mtime_ns or 0, info.size) for info in sorted(found, key=lambda info: info.path))
         return None
 
-    def _fetch_log(self, number: int) -> None:
+    def _fetch_log(self, folder: str) -> None:
         """The trial's log, and what it lacks: a log follows some seconds behind the checkpoint that a trial goes on from."""
-        name, trial = f"{trial_name(number)}/log.jsonl", self.store.below(trial_name(number))
+        name, trial = f"{folder}/log.jsonl", self.store.below(folder)
         with contextlib.suppress(DataError):  # nothing logged yet
             super().write(name, trial.read("log.jsonl"))
         here = self.local_path / name
@@ -126,10 +122,10 @@ class Mirror(Folder):
         return None
 
 
-def next_lease(folder: Path | Folder, number: int) -> int | None:
-    """For the worker that takes a trial; None on a disk, where a lock does it. Raises as ``StoreFolder.write``."""
+def next_lease(folder: Path | Folder, name: str) -> int | None:
+    """For the worker that takes the trial ``name``; None on a disk, where a lock does it. Raises as ``StoreFolder.write``."""
     place = place_of(folder)
-    return place.hand_out(number) if isinstance(place, Mirror) else None
+    return place.hand_out(name) if isinstance(place, Mirror) else None
 
 
 def _state_in(file: Path) -> str | None:

@@ -23,7 +23,6 @@ from cluster.trial_state import (
     place_of,
     read_trial,
     signs_of,
-    trial_name,
     write_trial,
 )
 from medtl_dist.errors import MedtlError
@@ -128,7 +127,7 @@ class Desk:
     def begun(self, number: int) -> None:
         """A worker takes the trial."""
         trial = self.trials[number]
-        name = f"{trial_name(number)}/config.yaml"
+        name = f"{trial.spec.name}/config.yaml"
         if not self._place.exists(name):  # with it the folder is a run's, whatever else lies there
             self._place.write(name, trial.spec.config.to_yaml().encode())
         trial.state, trial.reason = "running", None
@@ -209,7 +208,7 @@ class Desk:
             trial = self.trials[number]
             if trial.state != "running":
                 continue
-            for row in epochs_logged(self._folder / trial_name(number)):
+            for row in epochs_logged(self._folder / trial.spec.name):
                 if row["epoch"] not in trial.curve:
                     last = max((known.seconds for known in trial.curve.values()), default=trial.seconds)
                     trial.curve[row["epoch"]] = epoch_of(row, last + float(row.get("epoch_s") or 0.0))
@@ -237,13 +236,12 @@ class Desk:
 
     def _note_signs(self, number: int) -> None:
         # In a store the next look will do: it finds something new, and counts from then on.
-        known = () if isinstance(self._place, Mirror) else signs_of(self._folder / trial_name(number))
+        known = () if isinstance(self._place, Mirror) else signs_of(self._folder / self.trials[number].spec.name)
         self._signs[number] = known, self._clock()
 
     def _look_at(self, number: int) -> Signs | None:
-        if isinstance(self._place, Mirror):
-            return self._place.signs(number)
-        return signs_of(self._folder / trial_name(number))
+        name = self.trials[number].spec.name
+        return self._place.signs(name) if isinstance(self._place, Mirror) else signs_of(self._folder / name)
 
     def _busy(self, number: int) -> float:
         return self._clock() - self._since[number] if number in self._since else 0.0

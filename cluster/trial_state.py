@@ -23,11 +23,18 @@ _STATES = ("waiting", "running", "finished", "stopped", "failed")
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial to run: its number from 0, what was drawn for it, and the whole config that comes of it."""
+    """One trial to run: its number from 0, what was drawn for it, and the whole config that comes of it. ``folder``: where below
+    the whole it runs; None: where trials of a sweep do."""
 
     number: int
     overrides: Mapping[str, Any]
     config: Config
+    folder: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder of its run below the whole's."""
+        return self.folder or trial_name(self.number)
 
 
 @dataclass
@@ -80,9 +87,7 @@ def write_trial(folder: Path | Folder, trial: Trial) -> None:
         "cached_s": trial.cached_s,
         "curve": [_plain(dataclasses.asdict(trial.curve[epoch])) for epoch in sorted(trial.curve)],
     }
-    place_of(folder).write(
-        f"{trial_name(trial.number)}/{TRIAL_FILE}", json.dumps(row, indent=1, allow_nan=False).encode()
-    )
+    place_of(folder).write(f"{trial.spec.name}/{TRIAL_FILE}", json.dumps(row, indent=1, allow_nan=False).encode())
 
 
 def read_trial(folder: Path, spec: TrialSpec) -> Trial:
@@ -91,7 +96,7 @@ def read_trial(folder: Path, spec: TrialSpec) -> Trial:
     Raises:
         DataError: a ``trial.json`` that is damaged.
     """
-    path = folder / trial_name(spec.number) / TRIAL_FILE
+    path = folder / spec.name / TRIAL_FILE
     if not path.is_file():
         return Trial(spec)
     try:
@@ -174,7 +179,7 @@ def outcome_of(trial: Trial, reserved: Reserved, *, frozen_depth: int, num_stage
         gpu_hours=reserved.gpus * busy / 3600,
         attempts=trial.failures + 1,
         cached_s=trial.cached_s,
-        folder=trial_name(trial.number),
+        folder=trial.spec.name,
     )
 
 

@@ -17,7 +17,7 @@ from cluster.sweep_mirror import next_lease
 from cluster.trial_desk import Desk
 from cluster.trial_queue import prefix_of
 from cluster.trial_run import Exchange, train_trial
-from cluster.trial_state import Reserved, Trial, trial_name
+from cluster.trial_state import Reserved, Trial
 from medtl_dist.errors import UserError
 from medtl_dist.storage import Folder
 from medtl_dist.train.warm import Warm
@@ -113,8 +113,8 @@ class Crew:
             "num_sharing": num_sharing,
             "warm_options": dict(self.warm_options),
             "config": trial.spec.config.model_dump(mode="json"),
-            "folder": f"{self.place.url}/{trial_name(trial.number)}",
-            "fence": next_lease(self.place, trial.number),
+            "folder": f"{self.place.url}/{trial.spec.name}",
+            "fence": next_lease(self.place, trial.spec.name),
             "num_workers": self.num_workers,
             "gpus_per_worker": self.reserved.gpus / self.num_workers,
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.sweep_mirror import next_lease
 from cluster.trial_desk import Desk
 from cluster.trial_run import Exchange, train_trial
-from cluster.trial_state import Reserved, TrialSpec, place_of, trial_name
+from cluster.trial_state import Reserved, TrialSpec, place_of
 from medtl_dist.storage import Folder
 from medtl_dist.sweep.outcome import Outcome
 from medtl_dist.train.warm import Warm
@@ -36,8 +36,8 @@ def drive_here(
         desk.begun(trial.number)
         payload = {
             "config": trial.spec.config.model_dump(mode="json"),
-            "folder": f"{place_of(folder).url}/{trial_name(trial.number)}",
-            "fence": next_lease(folder, trial.number),
+            "folder": f"{place_of(folder).url}/{trial.spec.name}",
+            "fence": next_lease(folder, trial.spec.name),
         }
         thread = threading.Thread(
             target=lambda e=exchange, p=payload: e.finish(train_trial(p, e, Warm(keep_epoch_scores=True))), daemon=True

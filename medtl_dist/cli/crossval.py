@@ -5,15 +5,16 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medtl_dist.cli.headline import describe_auc
 from medtl_dist.cli.train import AsJson, ConfigFile, Overrides, Preset
 from medtl_dist.config import Config, load_config
-from medtl_dist.errors import UserError
-from medtl_dist.storage import parse_place
+
+if TYPE_CHECKING:
+    from medtl_dist.storage import Folder
 
 
 class EpochsFrom(enum.StrEnum):
@@ -24,7 +25,12 @@ class EpochsFrom(enum.StrEnum):
 
 
 def crossval(
-    run_dir: Annotated[str, typer.Option("--run-dir", help="Folder of the cross-validation; made if missing.")],
+    run_dir: Annotated[
+        str,
+        typer.Option(
+            "--run-dir", help="Folder of the cross-validation, made if missing; or an s3:// or gs:// address."
+        ),
+    ],
     folds: Annotated[int, typer.Option("--folds", help="Parts, each held out once; a patient is in one of them.")] = 5,
     repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are dealt anew.")] = 1,
     epochs_from: Annotated[
@@ -36,7 +42,8 @@ def crossval(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; finished folds are not trained again.")] = False,
     keep_folds: Annotated[
-        bool, typer.Option("--keep-folds", help="Keep the folds' shard sets (copies of patients' images) in sets/.")
+        bool,
+        typer.Option("--keep-folds", help="Keep the folds' shard sets (copies of patients' images) in RUN_DIR/sets."),
     ] = False,
     parallel: Annotated[
         bool,
@@ -51,15 +58,10 @@ def crossval(
     from medtl_dist.train.crossval import Settings
 
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
-    place = parse_place(run_dir)
-    if place.remote:
-        raise UserError(
-            f"{place.url}: a cross-validation deals its folds into folders of a disk; name one with --run-dir."
-        )
     settings = Settings(folds, repeats, epochs_from.value)
     run_crossval(
         resolved,
-        Path(place.url),
+        run_dir,
         settings,
         resume=resume,
         keep_sets=keep_folds,
@@ -70,7 +72,7 @@ def crossval(
 
 def run_crossval(
     config: Config,
-    run_dir: Path,
+    run_dir: Path | str,
     settings: Any,
     *,
     resume: bool,
@@ -79,17 +81,21 @@ def run_crossval(
     as_json: bool = False,
 ) -> dict[str, Any]:
     """Cross-validate in ``run_dir`` (see ``train.crossval.Settings``), write the page, print the outcome and return it."""
-    from medtl_dist.cli.train import run_one, with_absolute_paths
-    from medtl_dist.report.crossval_page import build_crossval_page
+    from medtl_dist.cli.train import run_in, with_absolute_paths
+    from medtl_dist.report.crossval_page import build_crossval_page_in
     from medtl_dist.train.crossval import check_crossval, cross_validate, one_after_another
-    from medtl_dist.train.run_folder import opened_run_folder
+    from medtl_dist.train.run_store import opened_fold, opened_run
 
-    def train_one(fold: Config, folder: Path) -> object:
-        return run_one(fold, folder, resume=True, test=False)  # a split test is never opened
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    def train_one(fold: Config, folder: Folder) -> object:
+        with opened_fold(folder, fold) as place:
+            return run_in(fold, place, test=False)  # a split test is never opened
 
     config = with_absolute_paths(config)
     check_crossval(config, settings)
-    with opened_run_folder(run_dir, config, resume=resume) as folder:
+    with opened_run(run_dir, config, resume=resume, say=say) as folder:
         if parallel:
             from cluster.folds import folds_on_ray
 
@@ -101,11 +107,11 @@ def run_crossval(
             folder,
             train_folds,
             settings,
-            say=lambda text: typer.echo(text, err=True),
+            say=say,
             at_once=settings.folds * settings.repeats if parallel else 1,
             keep_sets=keep_sets,
         )
-        page = build_crossval_page(folder)
+        page = build_crossval_page_in(folder)
     if as_json:
         typer.echo(json.dumps(outcome))
         return outcome

@@ -20,11 +20,8 @@ def report(
     Example: medtl report runs/pneumonia-1
     """
     from medtl_dist.report.build import build_report_in
-    from medtl_dist.report.crossval_page import RECORD, build_crossval_page
+    from medtl_dist.report.crossval_page import RECORD, build_crossval_page_in
     from medtl_dist.store_folder import folder_at
 
     folder = folder_at(run)
-    if not folder.remote and (folder.local_path / RECORD).is_file():
-        typer.echo(build_crossval_page(folder.local_path))
-        return
-    typer.echo(build_report_in(folder))
+    typer.echo(build_crossval_page_in(folder) if folder.exists(RECORD) else build_report_in(folder))

@@ -104,10 +104,10 @@ def run_one(
     from medtl_dist.train.run_store import opened_run
 
     with opened_run(run_dir, config, resume=resume, say=_say) as place:
-        return _run_in(config, place, test=test, max_gpu_hours=max_gpu_hours)
+        return run_in(config, place, test=test, max_gpu_hours=max_gpu_hours)
 
 
-def _run_in(
+def run_in(
     config: Config, place: Folder, *, test: bool, max_gpu_hours: float | None = None, whole: Folder | None = None
 ) -> tuple[dict[str, Any], str, bool]:
     """As ``run_one``, in a run folder that is open. ``whole``: that of the chain which the training and the limit belong to."""
@@ -148,7 +148,7 @@ def _run_chain(
 
     def train_one(stage: Config, folder: Folder, open_test: bool) -> dict[str, Any]:
         with opened_part(folder, stage) as place:
-            outcome, report_path, done = _run_in(stage, place, test=open_test, max_gpu_hours=max_gpu_hours, whole=whole)
+            outcome, report_path, done = run_in(stage, place, test=open_test, max_gpu_hours=max_gpu_hours, whole=whole)
         if done:
             _say(f"{folder.url} had already finished.")
         if not as_json:

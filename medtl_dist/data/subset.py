@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,14 @@ from medtl_dist.data.encoding import Stored
 from medtl_dist.data.pieces import Reader
 from medtl_dist.data.plan import Piece
 from medtl_dist.data.shard_writer import Facts, SetWriter, SplitCounts, sync_folder, write_dataset_file
-from medtl_dist.data.shards import INDEX_FIELDS, SPLITS, Dataset, open_dataset, read_shard_rows
+from medtl_dist.data.shards import DATASET_FILE, INDEX_FIELDS, SPLITS, Dataset, open_dataset, read_shard_rows
 from medtl_dist.data.split import shuffled
 from medtl_dist.data.staging import work_folder
 from medtl_dist.errors import DataError, UserError
+from medtl_dist.storage import Folder, StorageOptions
 
 NUM_WATCHED = 32  # training samples that a fold without a val of its own is watched on
+_PUT_AT_ONCE = 4  # shards of 64 MiB at most
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def write_fold_set(
         UserError: the folder can't be written.
         DataError: a sample that differs from its checksum.
     """
-    made_from = dict(fold) | {"of_dataset_sha256": members.dataset.sha256}
+    made_from = _made_from(members, fold)
     try:
         with work_folder(folder) as work:
             if not folder.is_dir():
@@ -97,9 +101,43 @@ def write_fold_set(
                 sync_folder(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write the fold's set at {folder}: {error.strerror or type(error).__name__}") from None
-    dataset = open_dataset(folder)
+    return _same_fold(open_dataset(folder), made_from)
+
+
+def write_fold_set_in(
+    members: Members,
+    rows_of: Mapping[str, Sequence[int]],
+    place: Folder,
+    fold: Mapping[str, Any],
+    *,
+    seed: int,
+    storage: StorageOptions,
+) -> Dataset:
+    """As ``write_fold_set``, wherever ``place`` lies: for a store it is written on this machine and put there, ``dataset.json``
+    last. ``storage``: how the set is read in a store.
+
+    Raises: as ``write_fold_set``; Interrupted, the store can't be reached, or this writer has been replaced.
+    """
+    if not place.remote:
+        return write_fold_set(members, rows_of, place.local_path, fold, seed=seed)
+    if not place.exists(DATASET_FILE):
+        with TemporaryDirectory(prefix="medtl-fold-") as scratch:
+            made = Path(scratch) / "set"
+            write_fold_set(members, rows_of, made, fold, seed=seed)
+            names = sorted(file.name for file in made.iterdir() if file.name != DATASET_FILE)
+            with ThreadPoolExecutor(_PUT_AT_ONCE) as pool:
+                list(pool.map(lambda name: place.write(name, (made / name).read_bytes()), names))
+            place.write(DATASET_FILE, (made / DATASET_FILE).read_bytes())
+    return _same_fold(open_dataset(place.url, storage), _made_from(members, fold))
+
+
+def _made_from(members: Members, fold: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(fold) | {"of_dataset_sha256": members.dataset.sha256}
+
+
+def _same_fold(dataset: Dataset, made_from: Mapping[str, Any]) -> Dataset:
     if dataset.info.get("fold") != made_from:
-        raise UserError(f"{folder} holds another set than this fold's: remove it, or name another run folder")
+        raise UserError(f"{dataset.folder} holds another set than this fold's: remove it, or name another run folder")
     return dataset
 
 

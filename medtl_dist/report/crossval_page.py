@@ -16,6 +16,8 @@ from medtl_dist.report.page import render_page, write_page
 from medtl_dist.report.record import clean
 from medtl_dist.report.svg import Told
 from medtl_dist.report.wording import decimals, interval, level, millions, moment, plural, typeset
+from medtl_dist.storage import Folder
+from medtl_dist.store_folder import StoreFolder, fetched
 
 PAGE = "crossval.html"
 RECORD = "crossval.json"
@@ -40,6 +42,18 @@ def build_crossval_page(folder: Path) -> Path:
             "`medtl crossval --resume` to write it again"
         ) from None
     return write_page(folder / PAGE, page)
+
+
+def build_crossval_page_in(folder: Folder) -> str:
+    """As ``build_crossval_page``, wherever the folder lies; returns the page's path or address."""
+    if not isinstance(folder, StoreFolder):
+        return str(build_crossval_page(folder.local_path))
+    folder.expect_run()
+    with fetched(folder, ("config.yaml", RECORD)) as here:
+        page = build_crossval_page(here).read_bytes()
+    if not folder.exists(PAGE) or folder.read(PAGE) != page:  # of a finished one it lies there untouched
+        folder.write(PAGE, page)
+    return folder.shown(PAGE)
 
 
 def read_crossval(folder: Path) -> dict[str, Any]:

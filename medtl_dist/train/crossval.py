@@ -2,16 +2,15 @@
 
 A fold is an ordinary training of a fold's own shard set (``data/subset.py``) in ``folds/RR-F``. With epochs ``fixed`` the last
 epoch's model counts; with ``inner`` the best epoch on an inner val of other patients. Either way the held-out fold is scored
-once, after training, and chooses nothing. Who trains is asked for (in this process, on a cluster).
+once, after training, and chooses nothing. Who trains is asked for (in this process, on a cluster). The folder may lie in a
+store: the folds' sets then lie there too, for as long as they are needed, where every node can read them.
 """
 
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,18 +20,19 @@ from medtl_dist.config import Config
 from medtl_dist.data.folds import check_folds, class_columns, deal_folds, inner_val
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.split import shuffled
-from medtl_dist.data.subset import NUM_WATCHED, Members, read_members, write_fold_set
+from medtl_dist.data.subset import NUM_WATCHED, Members, read_members, write_fold_set_in
 from medtl_dist.errors import DataError, TrainingError, UserError
 from medtl_dist.run import Folder, LocalRun
+from medtl_dist.store_folder import StoreFolder
 from medtl_dist.train import checkpoint, results
 from medtl_dist.train.chain import read_json, write_json
 from medtl_dist.train.evaluate import predictions_table, score_split
 from medtl_dist.train.fold_results import HELD_OUT_FILE, write_results
-from medtl_dist.train.run_folder import read_config
 from medtl_dist.train.setup import create_network, open_shards, scorer_of, set_threads, storage_of
 from medtl_dist.train.start import check_inputs
 
 PLAN_FILE = "folds.json"
+SETS = "sets"  # the folds' sets, below the folder
 MAX_REPEATS = 100
 
 
@@ -47,19 +47,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class FoldTrial:
-    """One training to run: its number from 0, what differs from the base config, the whole config, and its run folder."""
+    """One training to run: its number from 0, what differs from the base config, the whole config, and its run folder, ``name``
+    below the whole's."""
 
     number: int
     overrides: dict[str, Any]
     config: Config
-    place: Path
+    name: str
+    place: Folder
 
 
 # Trains each fold's config as an ordinary training in its place, or finds it finished there.
 TrainFolds = Callable[[Sequence[FoldTrial]], None]
 
 
-def one_after_another(train_one: Callable[[Config, Path], object]) -> TrainFolds:
+def one_after_another(train_one: Callable[[Config, Folder], object]) -> TrainFolds:
     """The folds in turn, each by ``train_one``."""
 
     def train_folds(trials: Sequence[FoldTrial]) -> None:
@@ -71,7 +73,7 @@ def one_after_another(train_one: Callable[[Config, Path], object]) -> TrainFolds
 
 def cross_validate(
     config: Config,
-    folder: Path,
+    folder: Folder,
     train_folds: TrainFolds,
     settings: Settings,
     *,
@@ -79,10 +81,11 @@ def cross_validate(
     at_once: int = 1,
     keep_sets: bool = False,
 ) -> dict[str, Any]:
-    """Train and score every fold that has not been, then write and return ``crossval.json``. The caller holds the folder's lock.
+    """Train and score every fold that has not been, then write and return ``crossval.json``. The caller holds the folder's lock,
+    in a store its lease.
 
     Args:
-        at_once: how many folds are given to ``train_folds`` together: so many sets lie on the disk at a time.
+        at_once: how many folds are given to ``train_folds`` together: so many sets lie in ``sets/`` at a time.
         keep_sets: leave the folds' sets in ``sets/``; else each is deleted once its fold is scored.
 
     Raises:
@@ -92,11 +95,12 @@ def cross_validate(
     dataset = check_crossval(config, settings)
     members = read_members(dataset)
     _same_plan(folder, {**asdict(settings), "dataset_sha256": dataset.sha256})
-    (folder / "sets").mkdir(mode=0o700, exist_ok=True)
+    if not folder.remote:
+        (folder.local_path / SETS).mkdir(mode=0o700, exist_ok=True)
     folds = list(plan_folds(members, settings, config.train.seed))
-    places = [(fold.repeat, fold.number, folder / "folds" / fold.name) for fold in folds]
+    places = [(fold.repeat, fold.number, f"folds/{fold.name}") for fold in folds]
     left = [
-        (number, fold) for number, fold in enumerate(folds) if not Folder.local(places[number][2]).exists(HELD_OUT_FILE)
+        (number, fold) for number, fold in enumerate(folds) if not folder.exists(f"{places[number][2]}/{HELD_OUT_FILE}")
     ]
     if len(left) < len(folds):
         say(f"{len(folds) - len(left)} of {len(folds)} folds had already finished")
@@ -113,13 +117,15 @@ def cross_validate(
             )
         train_folds(trials)
         for trial in trials:
-            if not Folder.local(trial.place).exists("results.json"):
-                raise TrainingError(f"{trial.place}: this fold's training has not finished; --resume goes on with it.")
-            score_held_out(trial.place)
+            if not trial.place.exists("results.json"):
+                raise TrainingError(
+                    f"{trial.place.url}: this fold's training has not finished; --resume goes on with it."
+                )
+            score_held_out(trial.place, trial.config)
             if not keep_sets:
-                shutil.rmtree(folder / "sets" / trial.place.name)
+                _forget(folder, f"{SETS}/{folds[trial.number].name}")
     if not keep_sets:
-        shutil.rmtree(folder / "sets", ignore_errors=True)
+        _forget(folder, SETS)
     return write_results(config, folder, dataset, asdict(settings), places)
 
 
@@ -186,34 +192,46 @@ def check_crossval(config: Config, settings: Settings) -> Dataset:
     return dataset
 
 
-def _prepared(config: Config, folder: Path, members: Members, settings: Settings, number: int, fold: Fold) -> FoldTrial:
+def _prepared(
+    config: Config, folder: Folder, members: Members, settings: Settings, number: int, fold: Fold
+) -> FoldTrial:
     """The fold's set written, and its training."""
     said = {
         "repeat": fold.repeat, "fold": fold.number, "num_folds": settings.folds, "epochs": settings.epochs_from,
         "val": "samples of train, to watch it by" if settings.epochs_from == "fixed" else "held back to choose the epoch on",
     }  # fmt: skip
-    dataset = write_fold_set(members, fold.rows_of, folder / "sets" / fold.name, said, seed=fold.seed)
+    place = folder.part(f"{SETS}/{fold.name}")
+    overrides = {"data.shards": place.url, "train.seed": fold.seed}
+    # Whoever may read a public source has no such right where its folds lie.
+    data = {"shards": place.url} | ({"anonymous": False} if place.remote else {})
     own = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"shards": dataset.folder}),
+            "data": config.data.model_copy(update=data),
             "train": config.train.model_copy(update={"seed": fold.seed}),
         }
     )
+    write_fold_set_in(members, fold.rows_of, place, said, seed=fold.seed, storage=storage_of(own))
     check_inputs(own)
-    overrides = {"data.shards": dataset.folder, "train.seed": fold.seed}
-    return FoldTrial(number, overrides, own, folder / "folds" / fold.name)
+    name = f"folds/{fold.name}"
+    return FoldTrial(number, overrides, own, name, folder.part(name))
 
 
-def score_held_out(run_folder: Path) -> None:
+def _forget(folder: Folder, name: str) -> None:
+    """Delete a fold's set, or all of them; in a store only where no other driver may be at work on it by now."""
+    if isinstance(folder, StoreFolder) and folder.guard is not None:
+        folder.guard(now=True)
+    folder.delete_tree(name)
+
+
+def score_held_out(folder: Folder, config: Config) -> None:
     """Score the held-out fold once with a finished fold's model and write ``predictions/held_out.parquet``.
 
     Raises: DataError, the run's results, checkpoint or set is damaged or of another set.
     """
-    folder, config = Folder.local(run_folder), read_config(run_folder)
     found, dataset = results.read_results(folder), open_shards(config)
     if dataset.sha256 != found["provenance"]["dataset_sha256"]:
         raise DataError(
-            f"{run_folder}: its results are of another set than the fold's; remove the folder and run again."
+            f"{folder.url}: its results are of another set than the fold's; remove the folder and run again."
         )
     run = LocalRun(folder)
     set_threads(config, 1)
@@ -226,20 +244,19 @@ def score_held_out(run_folder: Path) -> None:
     folder.write(HELD_OUT_FILE, sink.getvalue())
 
 
-def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+def _same_plan(folder: Folder, plan: Mapping[str, Any]) -> None:
     """Note what is being cross-validated how, or compare. Raises: UserError, the folder holds another."""
-    place = Folder.local(folder)
-    if not place.exists(PLAN_FILE):
-        if place.exists("results.json"):
+    if not folder.exists(PLAN_FILE):
+        if folder.exists("results.json"):
             raise UserError(
-                f"{folder} holds a single training, no cross-validation; name another folder with --run-dir."
+                f"{folder.url} holds a single training, no cross-validation; name another folder with --run-dir."
             )
-        write_json(place, PLAN_FILE, plan)
+        write_json(folder, PLAN_FILE, plan)
         return
-    before = read_json(place, PLAN_FILE)
+    before = read_json(folder, PLAN_FILE)
     changes = [f"{name}: {before.get(name)} -> {value}" for name, value in plan.items() if before.get(name) != value]
     if changes:
         raise UserError(
-            f"{folder} holds another cross-validation ({'; '.join(changes)}); --resume needs the same one. More repeats can't be "
-            "added to it: name another folder with --run-dir."
+            f"{folder.url} holds another cross-validation ({'; '.join(changes)}); --resume needs the same one. More repeats "
+            "can't be added to it: name another folder with --run-dir."
         )

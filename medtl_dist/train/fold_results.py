@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -40,26 +40,26 @@ _FINAL_MODEL = (
 LEAVES_OUT = (_TRAINING_VARIANCE, _DEPENDENCE, _FINAL_MODEL)
 
 
-def pooled(folder: Path, places: Sequence[tuple[int, int, Path]], dataset: Dataset) -> pa.Table:
-    """The held-out predictions of all folds (repeat, fold, run folder), sorted by repeat, fold and key, and written."""
+def pooled(folder: Folder, places: Sequence[tuple[int, int, str]], dataset: Dataset) -> pa.Table:
+    """The held-out predictions of all folds (repeat, fold, run folder below), sorted by repeat, fold and key, and written."""
     parts = []
     names = ["key", "group"]
     names += [f"label_{name}" for name in dataset.classes] if dataset.task == TASK else ["label"]
     names += [f"{what}_{name}" for what in ("logit", "score") for name in dataset.classes]
     for repeat, fold, place in places:
-        table = pq.read_table(io.BytesIO(Folder.local(place).read(HELD_OUT_FILE))).select(names).sort_by("key")
+        table = pq.read_table(io.BytesIO(folder.read(f"{place}/{HELD_OUT_FILE}"))).select(names).sort_by("key")
         for position, (name, value) in enumerate((("fold", fold), ("repeat", repeat)), start=2):
             table = table.add_column(position, name, pa.array([value] * table.num_rows, pa.int64()))
         parts.append(table)
     whole = pa.concat_tables(parts)
     sink = io.BytesIO()
     pq.write_table(whole, sink)
-    Folder.local(folder).write(OOF_FILE, sink.getvalue())
+    folder.write(OOF_FILE, sink.getvalue())
     return whole
 
 
 def write_results(
-    config: Config, folder: Path, dataset: Dataset, settings: dict[str, Any], places: Sequence[tuple[int, int, Path]]
+    config: Config, folder: Folder, dataset: Dataset, settings: dict[str, Any], places: Sequence[tuple[int, int, str]]
 ) -> dict[str, Any]:
     """Pool the folds and write ``predictions/oof.parquet``, ``ensemble.json`` and, last, ``crossval.json``; returns the last."""
     table = pooled(folder, places, dataset)
@@ -80,12 +80,12 @@ def write_results(
     numbers["per_fold"] = [
         entry | _of_run(folder, place) for entry, (_, _, place) in zip(numbers["per_fold"], places, strict=True)
     ]
-    first, last = (results.read_results(Folder.local(places[i][2])) for i in (0, -1))
-    members = [str(place.relative_to(folder)) for _, _, place in places]
-    write_json(Folder.local(folder), ENSEMBLE_FILE, {"schema_version": SCHEMA_VERSION, "members": members})
+    first, last = (results.read_results(folder.part(places[i][2])) for i in (0, -1))
+    members = [place for _, _, place in places]
+    write_json(folder, ENSEMBLE_FILE, {"schema_version": SCHEMA_VERSION, "members": members})
     content = {
         "schema_version": SCHEMA_VERSION,
-        "run": folder.name,
+        "run": PurePosixPath(folder.url).name,
         "task": dataset.task,
         "classes": list(dataset.classes),
         "positive_class": dataset.positive_class,
@@ -103,7 +103,7 @@ def write_results(
         "provenance": results.provenance(config, dataset)
         | {"started": first["provenance"]["started"], "finished": last["provenance"]["finished"]},
     }
-    write_json(Folder.local(folder), CROSSVAL_FILE, content)
+    write_json(folder, CROSSVAL_FILE, content)
     return content
 
 
@@ -114,16 +114,17 @@ def _labels(table: pa.Table, dataset: Dataset) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _of_run(folder: Path, place: Path) -> dict[str, Any]:
+def _of_run(folder: Folder, place: str) -> dict[str, Any]:
     """What a fold's training adds to its entry."""
-    found = results.read_results(Folder.local(place))
+    run = folder.part(place)
+    found = results.read_results(run)
     counts = found["data"]["splits"]["train"]
     return {
-        "folder": str(place.relative_to(folder)),
+        "folder": place,
         "train": {"samples": counts["samples"], "groups": counts["groups"]},
         "epoch": found["best_epoch"],
         "epochs_run": found["epochs_run"],
-        "seconds": seconds_of(Folder.local(place)),
+        "seconds": seconds_of(run),
     }
 
 

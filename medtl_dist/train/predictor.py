@@ -89,7 +89,7 @@ def load_predictor(run_folder: Path, device: torch.device) -> Predictor:
     """
     if not (run_folder / ENSEMBLE_FILE).is_file():
         return _of_run(run_folder, device)
-    members = [_of_run(place, device) for place in _members(run_folder)]
+    members = [_of_run(place, device) for place in members_of(run_folder)]
     first = members[0]
     for member in members[1:]:
         for name in ("classes", "task", "preprocessing", "aggregate"):
@@ -188,8 +188,8 @@ def _weights_sha256(folder: Folder, step: int) -> str:
     return sha256_of_both(files[checkpoint.WEIGHTS_FILE]["sha256"], files.get(FROZEN_FILE, {}).get("sha256"))
 
 
-def _members(folder: Path) -> list[Path]:
-    """The run folders that an ensemble names, below its own folder. Raises DataError, UserError."""
+def members_of(folder: Path) -> list[Path]:
+    """The run folders that the ensemble in a folder names, below it. Raises DataError, UserError."""
     file = folder / ENSEMBLE_FILE
     try:
         names = json.loads(file.read_bytes())["members"]

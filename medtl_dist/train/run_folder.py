@@ -115,9 +115,9 @@ def parts_in(folder: Folder) -> list[str]:
 
 
 def above(path: PurePath) -> PurePath:
-    """By the names alone: the folder of the chain or comparison of which the path is a training; else the path itself."""
+    """By the names alone: the folder of the chain, comparison or cross-validation that the path is a training of, else itself."""
     whole = path
-    if whole.parent.name == "stages":
+    if whole.parent.name in ("stages", "folds"):
         whole = whole.parent.parent
     elif whole.name == "alone" and whole.parent.parent.name == "seeds":
         whole = whole.parent
@@ -125,7 +125,7 @@ def above(path: PurePath) -> PurePath:
 
 
 def whole_of(folder: StoreFolder) -> StoreFolder:
-    """The run folder whose lease protects this one: that of the chain of which it is a stage, else itself."""
+    """The run folder whose lease protects this one: that of the chain or cross-validation of which it is a part, else itself."""
     name = str(above(PurePosixPath(folder.place.path)))
     if name == folder.place.path or "/" not in name:
         return folder

@@ -19,7 +19,7 @@ from medtl_dist.run import Folder
 from medtl_dist.store_folder import StoreFolder, fetched, folder_at
 from medtl_dist.train import checkpoint
 from medtl_dist.train.budget import BUDGET_FILE
-from medtl_dist.train.lease import LEASES, FolderShelf, fenced, held_lease, holder_of
+from medtl_dist.train.lease import LEASES, FolderShelf, fenced, hand_out, held_lease, holder_of
 from medtl_dist.train.run_folder import ENSEMBLE_FILE, of_single, opened_run_folder, parts_in, read_config, whole_of
 from medtl_dist.train.setup import storage_of
 from medtl_dist.train.status import over_all, status_of
@@ -27,7 +27,7 @@ from medtl_dist.train.status import over_all, status_of
 LEASE_TTL_S = 60.0
 _IGNORED = (".lease", ".ray", "config.yaml")
 _FOR_STATUS = (
-    "config.yaml", "log.jsonl", "progress.json", "results.json", "chain.json", "compare.json", BUDGET_FILE,
+    "config.yaml", "log.jsonl", "progress.json", "results.json", "chain.json", "compare.json", "crossval.json", BUDGET_FILE,
 )  # fmt: skip
 
 
@@ -72,9 +72,32 @@ def opened_part(folder: Folder, config: Config) -> Iterator[Folder]:
 
 
 @contextlib.contextmanager
+def opened_fold(folder: Folder, config: Config) -> Iterator[Folder]:
+    """The folder of a fold of a cross-validation that is open: as ``opened_part``, but in a store under a lease of its own, as
+    each of several that are trained at once has one. Raises: as ``opened_run``.
+    """
+    if not isinstance(folder, StoreFolder):
+        with opened_part(folder, config) as place:
+            yield place
+        return
+    folder = fenced(folder, lease_on(folder))
+    take_up(folder, config)
+    yield folder
+
+
+def lease_on(part: StoreFolder) -> int:
+    """A lease on one of several trainings for its next writer, handed out by who holds the lease of the whole, by which
+    ``part`` is fenced; whoever wrote there before can write no more. Raises as ``StoreFolder.write``."""
+    assert part.fence is not None
+    if part.guard is not None:
+        part.guard(now=True)
+    return hand_out(FolderShelf(part.below(LEASES)), part.fence, owner=owner_here(), ttl_s=LEASE_TTL_S)
+
+
+@contextlib.contextmanager
 def opened_finished(place: Path | str, *, say: Callable[[str], None]) -> Iterator[Folder]:
-    """The folder of a finished single training, to be added to: in a store under the lease of the run, or of the chain of
-    which it is a stage. ``say``: as of ``opened_run``.
+    """The folder of a finished single training, to be added to: in a store under the lease of the run, or of the chain or
+    cross-validation of which it is a part. ``say``: as of ``opened_run``.
 
     Raises:
         UserError: no run, several, one that has not finished, or another process writes there.
@@ -143,7 +166,8 @@ def status_in(folder: Folder) -> dict[str, Any]:
     folder.expect_run()
     whole, found = whole_of(folder), _status_in(folder)
     if holder_of(FolderShelf(whole.below(LEASES))) is not None:
-        # A chain's trainings come one after another under one lease: what has begun and not finished is the one that runs.
+        # A chain's trainings come one after another under one lease: what has begun and not finished is the one that runs, of
+        # folds one of those that do.
         for part in (found, *found["parts"]):
             if part["state"] == "stopped" or (part is found and whole is folder):
                 part["state"] = "running"

@@ -1,4 +1,5 @@
-"""A store without a server: ``StoreFolder``'s own calls on a folder of this machine, where only one can make a file."""
+"""A store without a server: ``StoreFolder``'s own calls on a folder of this machine, where only one can make a file. Shard sets
+are read there too."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pytest
 from pyarrow import fs
 
 from medtl_dist import create_only, store_folder
+from medtl_dist.data import ranges
 from medtl_dist.errors import Interrupted
 from medtl_dist.storage import StorageOptions, parse_place
 from medtl_dist.store_folder import StoreFolder
@@ -30,10 +32,12 @@ class Stores:
     def path(self, url: str) -> Path:
         return self.root / url.partition("://")[2]
 
+    def tree(self) -> fs.FileSystem:
+        return fs.SubTreeFileSystem(str(self.root), fs.LocalFileSystem())
+
     def folder(self, url: str, options: StorageOptions | None = None) -> StoreFolder:
         place = parse_place(url)
-        root = fs.SubTreeFileSystem(str(self.root), fs.LocalFileSystem())
-        return _Fake(root, place.path, place, options or StorageOptions(), stores=self)
+        return _Fake(self.tree(), place.path, place, options or StorageOptions(), stores=self)
 
     def make(self, folder: StoreFolder, name: str, data: bytes) -> bool:
         target = self.root / folder.at(name)
@@ -80,4 +84,7 @@ def stores_in(root: Path) -> Iterator[Stores]:
         for module in (store_folder, ledger, lease, run_folder):
             patch.setattr(module, "store_folder", found.folder)
         patch.setattr(create_only, "_create_in_store", found.make)
+        patch.setattr(ranges, "filesystem", lambda *_, **__: found.tree())
+        ranges._ranges.cache_clear()
         yield found
+    ranges._ranges.cache_clear()

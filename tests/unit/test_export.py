@@ -57,7 +57,9 @@ def test_safetensors_hold_the_checkpoint_and_all_that_surrounds_it(place: Path, 
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert told["bytes"] == (tmp_path / "m.safetensors").stat().st_size
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        assert list(file.metadata()) == ["medtl"]  # of several the order, and with it the file, would be another each time
+        assert list(file.metadata()) == [
+            "medtl"
+        ]  # of several the order, and with it the file, would be another each time
         metadata = json.loads(file.metadata()["medtl"])
     assert metadata["classes"] == ["NORMAL", "SICK"]
     assert metadata["threshold"] == known["threshold"]

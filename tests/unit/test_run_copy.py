@@ -279,10 +279,8 @@ def test_mistakes_are_one_line_each(place: Place, tmp_path: Path, capsys, monkey
     fails(2, "s3://bucket/runs/none is not a run folder: it has no config.yaml", "s3://bucket/runs/none")
     fails(2, "s3://bucket/runs/unfinished: the run has not finished;", "s3://bucket/runs/unfinished")
     fails(2, "s3://bucket/runs/chain holds a chain of trainings; name one", "s3://bucket/runs/chain")
-    fails(
-        2, "s3://bucket/runs/ensemble holds an ensemble, which is read", "s3://bucket/runs/ensemble", "predict export"
-    )
-    fails(2, "s3://bucket/runs/ensemble holds several runs", "s3://bucket/runs/ensemble", "external evaluate")
+    fails(2, "s3://bucket/runs/ensemble/folds/0 is not a run folder", "s3://bucket/runs/ensemble", "predict")
+    fails(2, "s3://bucket/runs/ensemble holds several runs", "s3://bucket/runs/ensemble", "export external evaluate")
     fails(3, "/frozen.safetensors: differs from its checksum", "s3://bucket/runs/damaged", "predict export")
     fails(2, "a web server can only be read from", "https://127.0.0.1/run")
     fails(2, "must hold no user", "s3://key:secret@bucket/run")

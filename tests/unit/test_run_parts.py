@@ -63,6 +63,7 @@ def test_parts_come_in_the_order_of_their_training(tmp_path: Path) -> None:
         ("b/run/stages/1-a", "b/run"),
         ("b/run/seeds/3/stages/1-a", "b/run"),
         ("b/run/seeds/3/alone", "b/run"),
+        ("b/run/folds/01-1", "b/run"),
         ("b/run/seeds/3", "b/run"),
         ("b/run", "b/run"),
         ("b/run/alone", "b/run/alone"),

@@ -30,7 +30,6 @@ from cluster.trial_place import pulse_of, trial_folder
 from cluster.trial_run import Exchange, train_trial
 from cluster.trial_state import TrialSpec, read_specs, trial_name, write_specs
 from cluster.trials import Stopped
-from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import Interrupted, UserError
 from medtl_dist.run import LocalRun
@@ -167,7 +166,7 @@ def test_a_driver_that_is_replaced_can_write_no_more(stores: Stores, here: Path)
         with pytest.raises(Interrupted, match="another process has taken over"):
             first.write("trials.json", b"[]")
         with pytest.raises(Interrupted, match="another process has taken over"):
-            next_lease(first, 0)
+            next_lease(first, trial_name(0))
     assert not (here / "trials.json").exists()
 
 
@@ -208,7 +207,7 @@ def a_run_that_was_lost(here: Path, stores: Stores, *, logged: int, committed: i
         write_specs(folder, [(number, {}) for number in range(3)])
         desk = desk_of(folder)
         desk.begun(0)
-        fence = folder.hand_out(0)
+        fence = folder.hand_out(trial_name(0))
         store = stores.folder(f"{URL}/{trial_name(0)}")
         for step in range(committed):
             history = [row(epoch, 0.5 + epoch / 10) for epoch in range(step + 1)]
@@ -251,7 +250,7 @@ def test_a_worker_of_a_driver_that_is_gone_can_write_no_more(stores: Stores, her
         old = {}
         for number in (0, 1):
             desk.begun(number)
-            url, fence = f"{URL}/{trial_name(number)}", next_lease(folder, number)
+            url, fence = f"{URL}/{trial_name(number)}", next_lease(folder, trial_name(number))
             old[number] = {"config": config, "folder": url, "fence": fence}
             trial_folder(old[number]).write("note", b"old")
         desk.ended(1, {"state": "finished"})
@@ -260,7 +259,7 @@ def test_a_worker_of_a_driver_that_is_gone_can_write_no_more(stores: Stores, her
             trial_folder(old[0]).write("note", b"late")
         trial_folder(old[1]).write("note", b"of one that had ended, and is nobody's since")
         # Within one driver, too: a worker that was given up, and the one after it.
-        attempts = [next_lease(folder, 0) for _ in range(2)]
+        attempts = [next_lease(folder, trial_name(0)) for _ in range(2)]
         fenced = [trial_folder(old[0] | {"fence": fence}) for fence in attempts]
         with pytest.raises(Interrupted, match="another process has taken over"):
             fenced[0].write("note", b"given up")
@@ -317,7 +316,7 @@ def test_signs_of_life_are_the_lease_the_log_and_the_progress(stores: Stores, he
         for number in range(4):
             desk.begun(number)
             desk.up(number)
-            leases.append(next_lease(folder, number))
+            leases.append(next_lease(folder, trial_name(number)))
         clock.now = 40.0
         assert desk.silent() == []
         (here / trial_name(0) / ".lease" / f"{leases[0]:08d}").write_bytes(b"renewed")
@@ -383,7 +382,7 @@ def test_a_trial_says_finished_after_all_that_it_leaves_is_in_the_store(
         payload = {
             "config": config.model_dump(mode="json"),
             "folder": f"{folder.url}/{trial_name(0)}",
-            "fence": next_lease(folder, 0),
+            "fence": next_lease(folder, trial_name(0)),
         }
         end = trained(payload)
         assert (end["kind"], end["state"]) == ("end", "finished")
@@ -404,9 +403,9 @@ def test_a_store_out_of_a_worker_s_reach_costs_a_try_unless_it_was_to_stop(store
         payload = {
             "config": config.model_dump(mode="json"),
             "folder": f"{folder.url}/{trial_name(0)}",
-            "fence": next_lease(folder, 0),
+            "fence": next_lease(folder, trial_name(0)),
         }
-        next_lease(folder, 0)  # it is another worker's by now
+        next_lease(folder, trial_name(0))  # it is another worker's by now
         asked = Exchange()
         asked.stop_asked.set()
         ends = [trained(payload), trained(payload, asked)]
@@ -417,7 +416,7 @@ def test_a_store_out_of_a_worker_s_reach_costs_a_try_unless_it_was_to_stop(store
 def test_a_pulse_never_waits_for_the_store(stores: Stores) -> None:
     with opened_sweep(URL, base(), SPACE, resume=False) as folder:
         payload = {"config": base().model_dump(mode="json"), "folder": f"{URL}/{trial_name(0)}"}
-        place = trial_folder(payload | {"fence": next_lease(folder, 0)})
+        place = trial_folder(payload | {"fence": next_lease(folder, trial_name(0))})
         stores.gone = True
         before = stores.calls
         with pulse_of(place) as alive:
@@ -436,7 +435,7 @@ def test_a_sweep_that_is_stopped_leaves_its_result_in_the_store(
         trial = desk.next_for(None)
         assert trial is not None
         desk.begun(trial.number)
-        place, fence = f"{URL}/{trial_name(trial.number)}", next_lease(folder, trial.number)
+        place, fence = f"{URL}/{trial_name(trial.number)}", next_lease(folder, trial_name(trial.number))
         payload = {"config": trial.spec.config.model_dump(mode="json"), "folder": place, "fence": fence}
         desk.ended(trial.number, trained(payload, tell=lambda news: desk.heard(trial.number, news)))
         stopped.received = signal.SIGINT
@@ -479,14 +478,6 @@ def test_a_winner_s_openings_of_the_test_split_are_counted_beside_the_sweep(stor
     assert len(list(stores.path("s3://bucket/no/sweep/winner/test_openings/d").iterdir())) == 1
 
 
-def test_a_cross_validation_in_a_store_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["crossval", "--preset", "smoke", "--run-dir", "s3://bucket/folds"]) == 2
-    assert "s3://bucket/folds: a cross-validation deals its folds into folders of a disk" in capsys.readouterr().err
-    given = ["--preset", "smoke", "--set", "data.shards=s3://b/x", "--store", "s3://bucket/medtl", "--name", "folds"]
-    assert run(["submit", "crossval", *given, "--address", "http://127.0.0.1:9", "--dry-run"]) == 2
-    assert "--store s3://bucket/medtl: a cross-validation deals its folds" in capsys.readouterr().err
-
-
 def test_a_store_hears_of_a_trial_less_often_than_of_a_run_of_its_own(
     stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,7 +494,7 @@ def test_a_store_hears_of_a_trial_less_often_than_of_a_run_of_its_own(
     with tiny_registered():
         fit(config, LocalRun(stores.folder("s3://bucket/runs/alone"), torch.device("cpu")))
     with opened_sweep(URL, base(), SPACE, resume=False) as folder:
-        place, fence = f"{URL}/{trial_name(0)}", next_lease(folder, 0)
+        place, fence = f"{URL}/{trial_name(0)}", next_lease(folder, trial_name(0))
         assert (
             trained({"config": config.model_dump(mode="json"), "folder": place, "fence": fence})["state"] == "finished"
         )
