@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from typing import Any
 from cluster.sizing import GPU_IMAGES_PER_S, Tree
 from cluster.trainings import trainings_of
 from medtl_dist.config import FROM_STAGE, Config, check_reached_alike, validate
+from medtl_dist.data.folds import Settings, check_settings
 from medtl_dist.errors import UserError
 from medtl_dist.storage import parse_place
 
@@ -52,7 +54,7 @@ def checked_store(text: str) -> str:
 class Submission:
     """One run to submit; see :func:`planned`.
 
-    ``space``: a named search space, or the text of a space file. ``num_trials`` multiplies the estimate only.
+    ``space``: a named search space, or the text of a space file. ``folds``: of a cross-validation.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Submission:
     space_text: str | None = None
     test: bool = False
     max_gpu_hours: float | None = None
+    folds: Settings | None = None
 
     @property
     def run_folder(self) -> str:
@@ -75,7 +78,9 @@ class Submission:
         words += [self.kind, "--config", CONFIG_FILE, FOLDER_OPTION[self.kind], self.run_folder, "--resume"]
         if self.space is not None or self.space_text is not None:
             words += ["--space", self.space if self.space_text is None else SPACE_FILE]  # type: ignore[list-item]
-        if self.kind == "crossval":
+        if self.folds is not None:
+            words += ["--folds", str(self.folds.folds), "--repeats", str(self.folds.repeats)]
+            words += ["--epochs-from", self.folds.epochs_from]
             words.append("--parallel")  # one after another they would be trained by this job's driver, on the head
         if self.max_gpu_hours is not None:
             words += ["--max-gpu-hours", f"{self.max_gpu_hours:g}"]
@@ -96,6 +101,7 @@ class Submission:
         """Of what decides the run's numbers, and where it writes; another one under the same name is refused."""
         sweep = self.config.tune.model_dump(mode="json") if self.kind == "tune" else None
         parts = [self.kind, self.config.sha256(), self.run_folder, self.space, self.space_text, sweep]
+        parts += [] if self.folds is None else [dataclasses.asdict(self.folds)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -120,6 +126,7 @@ def planned(
     space_text: str | None = None,
     test: bool = False,
     max_gpu_hours: float | None = None,
+    folds: Settings | None = None,
 ) -> Submission:
     """The submission of ``config`` as the cluster's nodes read it: relative paths lie in the store, the cluster is the job's own.
 
@@ -150,7 +157,11 @@ def planned(
     tree["cluster"]["address"] = "auto"  # the cluster that runs the job, never a new one beside it
     if kind == "train":  # at 0 the head would train; Ray places a worker where there is room
         tree["cluster"]["num_workers"] = max(1, config.cluster.num_workers)
-    return Submission(kind, checked_run_name(name), root, validate(tree), space, space_text, test, max_gpu_hours)
+    resolved = validate(tree)
+    if kind == "crossval":
+        folds = folds or Settings()
+        check_settings(folds, resolved.train.early_stop_epochs)
+    return Submission(kind, checked_run_name(name), root, resolved, space, space_text, test, max_gpu_hours, folds)
 
 
 def _place(part: Tree, root: str) -> None:

@@ -24,6 +24,14 @@ class EpochsFrom(enum.StrEnum):
     inner = "inner"
 
 
+Folds = Annotated[int, typer.Option("--folds", help="Parts, each held out once; a patient is in one of them.")]
+Repeats = Annotated[int, typer.Option("--repeats", help="How often the folds are dealt anew.")]
+EpochsFromOption = Annotated[
+    EpochsFrom,
+    typer.Option("--epochs-from", help="fixed: train.epochs, the last counts; inner: the best on an inner val."),
+]
+
+
 def crossval(
     run_dir: Annotated[
         str,
@@ -31,12 +39,9 @@ def crossval(
             "--run-dir", help="Folder of the cross-validation, made if missing; or an s3:// or gs:// address."
         ),
     ],
-    folds: Annotated[int, typer.Option("--folds", help="Parts, each held out once; a patient is in one of them.")] = 5,
-    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are dealt anew.")] = 1,
-    epochs_from: Annotated[
-        EpochsFrom,
-        typer.Option("--epochs-from", help="fixed: train.epochs, the last counts; inner: the best on an inner val."),
-    ] = EpochsFrom.fixed,
+    folds: Folds = 5,
+    repeats: Repeats = 1,
+    epochs_from: EpochsFromOption = EpochsFrom.fixed,
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -55,7 +60,7 @@ def crossval(
 
     Example: medtl crossval --folds 5 --repeats 3 --preset resnet101 --set data.shards=my_set --run-dir runs/crossval
     """
-    from medtl_dist.train.crossval import Settings
+    from medtl_dist.data.folds import Settings
 
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
     settings = Settings(folds, repeats, epochs_from.value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.sizing import GPU_IMAGES_PER_S
+from medtl_dist.cli.crossval import EpochsFrom, EpochsFromOption, Folds, Repeats
 from medtl_dist.cli.train import ConfigFile, Overrides, Preset
 from medtl_dist.config import Config, load_config
 from medtl_dist.errors import MedtlError, UserError
@@ -109,24 +112,27 @@ def tune(
 
 @submit_app.command()
 def crossval(
-    address: Address, name: Name, store: StorePlace, preset: Preset = None, config: ConfigFile = None,
+    address: Address, name: Name, store: StorePlace, folds: Folds = 5, repeats: Repeats = 1,
+    epochs_from: EpochsFromOption = EpochsFrom.fixed, preset: Preset = None, config: ConfigFile = None,
     overrides: Overrides = None,
     token_file: TokenFile = None, ca_bundle: CaBundle = None, code: Code = "wheel", wheel: Wheel = None,
     images_per_s: Speed = GPU_IMAGES_PER_S, wait: Wait = True, out: Out = None, dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Cross-validate on a Ray cluster: `medtl crossval` there, its output, report and exit code here.
+    """Cross-validate on a Ray cluster: `medtl crossval --parallel` there, its output, report and exit code here.
 
-    Example: medtl submit crossval --preset resnet101 --set data.shards=sets/xrays --address https://ray.example.org \\
+    Example: medtl submit crossval --folds 5 --preset resnet101 --set data.shards=sets/xrays --address https://ray.example.org \\
         --name folds-1 --store s3://bucket/medtl
     """
     from cluster.job_plan import planned
+    from medtl_dist.data.folds import Settings
 
     resolved = load_config(preset=preset, file=config, overrides=overrides or [])
-    submission = planned("crossval", resolved, name=name, store=store)
+    settings = Settings(folds, repeats, epochs_from.value)
+    submission = planned("crossval", resolved, name=name, store=store, folds=settings)
     _submit(
         submission, server_of(address, token_file, ca_bundle), code=code, wheel=wheel, wait=wait, out=out,
-        dry_run=dry_run, images_per_s=images_per_s, trials=1, as_json=as_json,
+        dry_run=dry_run, images_per_s=images_per_s, trials=folds * repeats, as_json=as_json,
     )  # fmt: skip
 
 
@@ -270,7 +276,8 @@ def _submit(
 
     make = wheel_of(code, wheel)
     if dry_run:
-        hours = estimate(submission.config, _counts, images_per_s=images_per_s, trials=trials)
+        count = functools.partial(_counts, folds=None if submission.folds is None else submission.folds.folds)
+        hours = estimate(submission.config, count, images_per_s=images_per_s, trials=trials)
         shipped = "in the image" if code == "image" else f"wheel {wheel}" if wheel else "wheel, built from the sources"
         facts = described(submission, address=where.address, code=shipped, hours=hours)
         typer.echo(json.dumps(facts, indent=1))
@@ -293,8 +300,8 @@ def _submit(
     raise typer.Exit(_follow(server, placed.submission_id, out or Path("runs") / submission.name, as_json=as_json))
 
 
-def _counts(config: Config) -> dict[str, int] | None:
-    """Images of each split where the set can be read from here."""
+def _counts(config: Config, *, folds: int | None = None) -> dict[str, int] | None:
+    """Images of each split where the set can be read from here; of ``folds``, of a fold that is one part of so many."""
     from medtl_dist.data.shards import open_dataset
     from medtl_dist.storage import StorageOptions
 
@@ -306,7 +313,11 @@ def _counts(config: Config) -> dict[str, int] | None:
         dataset = open_dataset(data.shards or "", options, check_files=False)
     except MedtlError:
         return None
-    return {split: sum(shard.samples for shard in dataset.shards(split)) for split in dataset.splits}
+    counts = {split: sum(shard.samples for shard in dataset.shards(split)) for split in dataset.splits}
+    if folds is None:
+        return counts
+    total = counts.get("train", 0) + counts.get("val", 0)
+    return {"train": total - total // folds, "val": math.ceil(total / folds)}
 
 
 def _follow(server: JobServer, submission_id: str, out: Path | None, *, as_json: bool = False) -> int:

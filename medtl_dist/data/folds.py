@@ -11,6 +11,8 @@ than its largest patient has.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,30 @@ from medtl_dist.data.split import shuffled
 from medtl_dist.errors import UserError
 
 MAX_FOLDS = 100
+MAX_REPEATS = 100
 INNER_FOLDS = 5  # of them one is the inner val
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to cross-validate. ``epochs_from``: ``fixed``, the config's; ``inner``, the best on an inner val."""
+
+    folds: int = 5
+    repeats: int = 1
+    epochs_from: Literal["fixed", "inner"] = "fixed"
+
+
+def check_settings(settings: Settings, early_stop_epochs: int | None) -> None:
+    """What can be told without the set. Raises: UserError."""
+    if settings.epochs_from == "fixed" and early_stop_epochs is not None:
+        raise UserError(
+            f"train.early_stop_epochs = {early_stop_epochs}: with fixed epochs nothing is held back to stop by; "
+            "give --epochs-from inner, or set it to null."
+        )
+    if not 2 <= settings.folds <= MAX_FOLDS:
+        raise UserError(f"--folds {settings.folds}: 2 to {MAX_FOLDS} folds expected")
+    if not 1 <= settings.repeats <= MAX_REPEATS:
+        raise UserError(f"--repeats {settings.repeats}: 1 to {MAX_REPEATS} expected")
 
 
 def check_folds(groups: Sequence[str], has: NDArray[np.bool_], names: Sequence[str], num_folds: int) -> None:

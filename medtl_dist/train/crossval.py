@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from medtl_dist.config import Config
-from medtl_dist.data.folds import check_folds, class_columns, deal_folds, inner_val
+from medtl_dist.data.folds import Settings, check_folds, check_settings, class_columns, deal_folds, inner_val
 from medtl_dist.data.shards import Dataset, open_dataset
 from medtl_dist.data.split import shuffled
 from medtl_dist.data.subset import NUM_WATCHED, Members, read_members, write_fold_set_in
@@ -33,16 +33,6 @@ from medtl_dist.train.start import check_inputs
 
 PLAN_FILE = "folds.json"
 SETS = "sets"  # the folds' sets, below the folder
-MAX_REPEATS = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to cross-validate. ``epochs_from``: ``fixed``, the config's; ``inner``, the best on an inner val."""
-
-    folds: int = 5
-    repeats: int = 1
-    epochs_from: Literal["fixed", "inner"] = "fixed"
 
 
 @dataclass(frozen=True)
@@ -166,13 +156,7 @@ def check_crossval(config: Config, settings: Settings) -> Dataset:
     """The config's set, if it can be cross-validated so, told before anything is written or trained. Raises: UserError."""
     if config.transfer.stages:
         raise UserError("transfer.stages: a chain can't be cross-validated yet; give the config of one training.")
-    if settings.epochs_from == "fixed" and config.train.early_stop_epochs is not None:
-        raise UserError(
-            f"train.early_stop_epochs = {config.train.early_stop_epochs}: with fixed epochs nothing is held back to stop by; "
-            "give --epochs-from inner, or set it to null."
-        )
-    if not 1 <= settings.repeats <= MAX_REPEATS:
-        raise UserError(f"--repeats {settings.repeats}: 1 to {MAX_REPEATS} expected")
+    check_settings(settings, config.train.early_stop_epochs)
     if config.data.shards is None:
         open_shards(config)  # says so
     dataset = open_dataset(str(config.data.shards), storage_of(config))

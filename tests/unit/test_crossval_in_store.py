@@ -319,5 +319,6 @@ def test_a_submission_names_the_store_and_trains_folds_on_the_cluster_s_workers(
     facts = json.loads(capsys.readouterr().out)
     assert facts["run_folder"] == "s3://bucket/medtl/runs/folds"
     assert facts["entrypoint"].split()[4:] == [
-        "crossval", "--config", "config.yaml", "--run-dir", "s3://bucket/medtl/runs/folds", "--resume", "--parallel",
+        "crossval", "--config", "config.yaml", "--run-dir", "s3://bucket/medtl/runs/folds", "--resume",
+        "--folds", "5", "--repeats", "1", "--epochs-from", "fixed", "--parallel",
     ]  # fmt: skip

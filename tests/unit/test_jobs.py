@@ -26,6 +26,7 @@ from cluster.job_plan import Submission, checked_run_name, estimate, planned
 from cluster.jobs import attempts, exit_code, follow, listed, submit
 from medtl_dist.cli.main import run
 from medtl_dist.config import Config, load_config, validate
+from medtl_dist.data.folds import Settings
 from medtl_dist.errors import DataError, Interrupted, UserError
 from medtl_dist.run import Folder
 from medtl_dist.storage import StorageOptions
@@ -589,6 +590,42 @@ def test_a_dry_run_of_a_chain_counts_every_stages_set(
     ]
     assert facts["estimate"]["gpu_hours_at_most"] == pytest.approx((3 * 32 + 10 * (20 + 5 / 3)) / 36, abs=1e-3)
     assert fake.requests == []
+
+
+def test_a_dry_run_of_a_cross_validation_counts_every_folds_training(
+    fake: FakeJobs, token_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "sets" / "x", {"train": [11, 9], "val": [6]})
+    given = [
+        "submit",
+        "crossval",
+        "--preset",
+        "smoke",
+        "--set",
+        "data.shards=sets/x",
+        "--set",
+        "train.epochs=3",
+        "--dry-run",
+    ]
+    given += ["--name", "cv", "--store", str(tmp_path), "--address", fake.address, "--token-file", str(token_file)]
+    assert run([*given, "--folds", "4", "--repeats", "2", "--epochs-from", "inner", "--images-per-s", "0.01"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    words = ["--folds", "4", "--repeats", "2", "--epochs-from", "inner", "--parallel"]
+    assert shlex.split(facts["entrypoint"])[-7:] == words
+    assert facts["estimate"]["images"] == {"train": 20, "val": 7}  # of 26 outside test
+    assert facts["estimate"]["gpu_hours_at_most"] == pytest.approx(8 * 3 * (20 + 7 / 3) / 36, abs=1e-3)
+    for wrong, message in (
+        (["--folds", "1"], "--folds 1: 2 to 100 folds expected"),
+        (["--repeats", "0"], "--repeats 0: 1 to 100 expected"),
+        (["--set", "train.early_stop_epochs=2"], "train.early_stop_epochs = 2: with fixed epochs"),
+    ):
+        assert run([*given, *wrong]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    assert fake.requests == []
+    different = (Settings(5), Settings(4), Settings(5, 2))
+    plans = [planned("crossval", _config(), name="cv", store="/mnt/s", folds=one) for one in different]
+    assert len({plan.digest for plan in plans}) == 3
+    assert planned("crossval", _config(), name="cv", store="/mnt/s").digest == plans[0].digest
 
 
 def test_a_head_that_was_replaced_is_an_interruption(fake: FakeJobs) -> None:
