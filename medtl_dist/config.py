@@ -25,7 +25,7 @@ from medtl_dist.sections_cluster import Cluster, Tune
 # Where data lies and how it is fetched decides no number: these keys of ``data`` count neither in a run's identity nor in
 # what --resume compares.
 _PLACE_KEYS = {
-    "shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous", "storage_timeout_s", "storage_retries",
+    "shards", "loader_workers", "endpoint_url", "ca_bundle", "kms_key", "anonymous", "storage_timeout_s", "storage_retries",
     "cache_dir", "cache_mib",
 }  # fmt: skip
 _LOGGING_KEYS = {"collective_timeout_s", "mlflow_uri"}  # of ``train``, likewise
@@ -166,7 +166,7 @@ def check_reached_alike(config: Config) -> None:
     Raises UserError where that leads elsewhere.
     """
     for stage in stages_of(config):
-        for key in ("endpoint_url", "ca_bundle"):
+        for key in ("endpoint_url", "ca_bundle", "kms_key"):
             whole, own = getattr(config.data, key), getattr(stage.config.data, key)
             if own != whole:
                 raise UserError(

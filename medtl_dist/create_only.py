@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from medtl_dist.encrypted_s3 import client_of, encryption_of
 from medtl_dist.errors import Interrupted, UserError
-from medtl_dist.storage import EMULATOR, Folder, StorageOptions, environment, refused, region_of
+from medtl_dist.storage import EMULATOR, Folder, environment, refused
 from medtl_dist.store_folder import StoreFolder
 
 _TRIES = 6
@@ -58,14 +59,14 @@ def store_is_safe(folder: StoreFolder) -> bool:
 def _create_in_store(folder: StoreFolder, name: str, data: bytes) -> bool:
     if folder.place.scheme == "gs":
         return _create_in_google(folder, name, data)
-    client, exceptions = _client(environment(), folder.place.path.split("/", 1)[0], folder.options)
+    client, exceptions = client_of(environment(), folder.place.path.split("/", 1)[0], folder.options)
     bucket, _, key = folder.at(name).partition("/")
     last = ""
     for number in range(_TRIES):
         if number:
             time.sleep(min(8.0, 0.5 * 2.0**number))
         try:
-            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", **encryption_of(folder.options))
             return True
         except exceptions.ClientError as error:
             code, status = error.response["Error"].get("Code", ""), error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -170,34 +171,6 @@ def _google(made_for: tuple[object, ...], timeout_s: float) -> tuple[Any, Any, _
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _client(made_for: tuple[object, ...], bucket: str, options: StorageOptions) -> tuple[Any, Any]:
-    """botocore's client and its exceptions. Raises: UserError, it is not installed."""
-    del made_for
-    try:
-        import botocore.config
-        import botocore.exceptions
-        import botocore.session
-    except ImportError:
-        raise UserError("run folders on s3:// need botocore: pip install 'medtl_dist[s3]'.") from None
-    endpoint = options.endpoint
-    client = botocore.session.Session().create_client(
-        "s3",
-        region_name=region_of(bucket, endpoint) or "us-east-1",
-        endpoint_url=endpoint,
-        verify=options.authorities,
-        config=botocore.config.Config(
-            connect_timeout=min(10.0, options.timeout_s),
-            read_timeout=options.timeout_s,
-            retries={"total_max_attempts": 1},
-            s3={"addressing_style": "path" if endpoint else "auto"},
-            request_checksum_calculation="when_required",  # other servers than Amazon's refuse its newest checksums
-            response_checksum_validation="when_required",
-        ),
-    )
-    return client, botocore.exceptions
-
-
 def unfinished_uploads(folder: StoreFolder) -> list[tuple[str, str]]:
     """``(name, upload id)`` of the uploads below a folder that were begun and never completed; S3 keeps, and bills, their parts.
 
@@ -219,7 +192,7 @@ def abort_upload(folder: StoreFolder, name: str, upload: str) -> None:
 
 
 def _asked(folder: StoreFolder, call: str, **arguments: str) -> Any:
-    client, exceptions = _client(environment(), folder.place.path.split("/", 1)[0], folder.options)
+    client, exceptions = client_of(environment(), folder.place.path.split("/", 1)[0], folder.options)
     try:
         return getattr(client, call)(**arguments)
     except exceptions.ClientError as error:

@@ -71,6 +71,10 @@ class Data(Section):
     ca_bundle: str | None = Field(
         default=None, description="PEM file of the authorities to trust; null: AWS_CA_BUNDLE, else the system's."
     )
+    kms_key: str | None = Field(
+        default=None,
+        description="Key of AWS KMS (id, ARN, alias/NAME) for what is written to s3://; null: MEDTL_S3_KMS_KEY, else none.",
+    )
     anonymous: bool = Field(default=False, description="Read a public bucket without credentials.")
     storage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=20.0, description="A store silent for so many seconds has failed to answer."

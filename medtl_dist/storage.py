@@ -38,6 +38,7 @@ class StorageOptions:
     Attributes:
         endpoint_url: S3 endpoint; None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else Amazon's.
         ca_bundle: PEM file of trusted authorities; None: AWS_CA_BUNDLE, SSL_CERT_FILE, else the system's.
+        kms_key: key of AWS KMS that encrypts what is written to s3://; None: MEDTL_S3_KMS_KEY, else as the bucket says.
         anonymous: no credentials, for public buckets.
         timeout_s: a request silent for so long has failed; nothing may take more than twice that.
         retries: further tries of a failed read without a byte gained.
@@ -47,6 +48,7 @@ class StorageOptions:
 
     endpoint_url: str | None = None
     ca_bundle: str | None = None
+    kms_key: str | None = None
     anonymous: bool = False
     timeout_s: float = 20.0
     retries: int = 5
@@ -67,6 +69,16 @@ class StorageOptions:
             )
         _refuse_secrets(url)
         return url.rstrip("/")
+
+    @property
+    def encryption_key(self) -> str | None:
+        """The KMS key in force. Raises: UserError, what no header can hold."""
+        key = self.kms_key or os.environ.get("MEDTL_S3_KMS_KEY") or None
+        if key is not None and not _KMS_KEY.fullmatch(key):
+            raise UserError(
+                f"KMS key {key!r}: expected a key's id, its ARN or alias/NAME (data.kms_key or MEDTL_S3_KMS_KEY)"
+            )
+        return key
 
     @property
     def authorities(self) -> str | None:
@@ -163,10 +175,11 @@ def filesystem(place: Place, options: StorageOptions, *, attempts: int | None = 
     return _filesystem(environment(), place.scheme, bucket, options, attempts or options.retries + 1)
 
 
+_KMS_KEY = re.compile(r"[A-Za-z0-9:/_-]{1,2048}")
 _ENVIRONMENT = (
     "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE", "SSL_CERT_FILE", "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS",
-    EMULATOR,
+    "MEDTL_S3_KMS_KEY", EMULATOR,
 )  # fmt: skip
 
 
@@ -186,7 +199,7 @@ def _filesystem(
         anonymous = options.anonymous or bool(os.environ.get(EMULATOR))
         return pafs.GcsFileSystem(anonymous=anonymous, retry_time_limit=patience)
     endpoint = options.endpoint
-    return pafs.S3FileSystem(
+    found = pafs.S3FileSystem(
         anonymous=options.anonymous,
         endpoint_override=endpoint,
         region=region_of(bucket, endpoint),
@@ -197,6 +210,11 @@ def _filesystem(
         background_writes=False,  # a failed part is told by the write that made it
         allow_delayed_open=True,  # a small file is one request, and a writer that is killed leaves no part of it
     )
+    if options.encryption_key is None:
+        return found
+    from medtl_dist.encrypted_s3 import EncryptedS3
+
+    return pafs.PyFileSystem(EncryptedS3(found, options, attempts))
 
 
 def region_of(bucket: str, endpoint: str | None) -> str | None:

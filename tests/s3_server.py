@@ -54,7 +54,9 @@ def running_s3(
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "data").mkdir(parents=True)
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    # Keys are made when they are first named.
+    kms = {"default_provider": "tests", "providers": {"tests": {"type": "local", "enableOnDemandCreate": True}}}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity], "kms": kms}))
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
     ports = dict(zip(names, free_ports(len(names)), strict=True))

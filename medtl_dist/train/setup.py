@@ -65,6 +65,7 @@ def storage_of(config: Config) -> StorageOptions:
     return StorageOptions(
         endpoint_url=data.endpoint_url,
         ca_bundle=data.ca_bundle,
+        kms_key=data.kms_key,
         anonymous=data.anonymous,
         timeout_s=data.storage_timeout_s,
         retries=data.storage_retries,

@@ -18,11 +18,13 @@ _SLOW_DOWN = (
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked: ``range`` as in its header, or ''."""
+    """What a client asked: ``range``, ``encryption`` and ``key`` (of KMS) as in its headers, or ''."""
 
     method: str
     path: str
     range: str
+    encryption: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def _serve(proxy: Proxy, client: socket.socket, ended: threading.Event, connecti
         while not ended.is_set():
             head, rest = _head(client, b"")
             first = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-            request = Request(first[0], first[1], _header(head, "range") or "")
+            encryption = "x-amz-server-side-encryption"
+            named = [_header(head, name) or "" for name in ("range", encryption, f"{encryption}-aws-kms-key-id")]
+            request = Request(first[0], first[1], *named)
             if _header(head, "expect"):
                 client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = _body(client, head, rest)

@@ -55,7 +55,7 @@ def test_a_store_that_ignores_the_condition_is_refused(store: StoreFolder, monke
 
 def test_a_lost_answer_does_not_lose_the_lease(store: StoreFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medtl_dist.create_only.time.sleep", lambda seconds: None)
-    client, exceptions = create_only._client((), BUCKET, store.options)
+    client, exceptions = create_only.client_of((), BUCKET, store.options)
     lost: list[str] = []
 
     class LosesFirstAnswers:
@@ -69,7 +69,7 @@ def test_a_lost_answer_does_not_lose_the_lease(store: StoreFolder, monkeypatch: 
                 raise exceptions.ConnectionClosedError(endpoint_url="")
             client.put_object(Key=Key, **arguments)
 
-    monkeypatch.setattr(create_only, "_client", lambda *made_for: (LosesFirstAnswers(), exceptions))
+    monkeypatch.setattr(create_only, "client_of", lambda *made_for: (LosesFirstAnswers(), exceptions))
     assert create_only.create(store, "1", b"mine")  # the server had made it
     store.write("2", b"another's")
     assert not create_only.create(store, "2", b"mine")
@@ -116,7 +116,7 @@ def test_a_run_is_refused_while_another_writes_and_cleaned_only_afterwards(
     store.write("config.yaml", b"data: {}\n")
     store.write("checkpoints/00000004-000001/model.safetensors", b"12345")
     save(store, 3, 1.0)
-    client, _ = create_only._client((), BUCKET, store.options)
+    client, _ = create_only.client_of((), BUCKET, store.options)
     begun = client.create_multipart_upload(Bucket=BUCKET, Key=store.at("checkpoints/x").removeprefix(f"{BUCKET}/"))
     client.upload_part(Bucket=BUCKET, Key=begun["Key"], UploadId=begun["UploadId"], PartNumber=1, Body=b"x")
     with held_lease(store, owner="process 1 on a", ttl_s=60):

@@ -114,6 +114,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             "data.loader_workers=4",
             "data.endpoint_url=http://elsewhere:9000",
             "data.ca_bundle=ca.pem",
+            "data.kms_key=alias/ours",
             "data.anonymous=true",
             "data.storage_timeout_s=3",
             "data.storage_retries=1",
@@ -121,7 +122,7 @@ def test_the_hash_ignores_where_a_run_happens_and_nothing_else() -> None:
             "data.cache_mib=5",
         ],
     )
-    places = {"shards", "loader_workers", "endpoint_url", "ca_bundle", "anonymous"}
+    places = {"shards", "loader_workers", "endpoint_url", "ca_bundle", "kms_key", "anonymous"}
     places |= {"storage_timeout_s", "storage_retries", "cache_dir", "cache_mib"}
     assert moved.sha256() == base.sha256()
     assert differing_keys(base, moved) == []
