@@ -28,9 +28,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_set(tmp_path_factory.mktemp("faults") / "set", {"train": [40, 33, 25], "val": [30, 10]}).folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A head that holds no workers, and one node that holds two."""
+    """A head that holds no workers, and one node that holds two. Gone before the next file starts one of its own."""
     with machine(tmp_path_factory.mktemp("ray")) as started:
         started.start_head(cpus=0)
         started.start_node(2, "first")
